@@ -1,0 +1,46 @@
+"""Does it learn as the published agent does? Compare our mean over seeds with the range of the official seeds.
+
+    python benchmark/gate.py                             # every CSV in benchmark/results/
+    python benchmark/gate.py runs/* benchmark/results/pong.csv
+
+The comparison is made at the frames that all seeds of a task reached; the official range there is interpolated between
+the two neighbouring frame counts that were published. Exit code: 0 none is under, 1 one is, 2 bad input.
+"""
+
+import argparse
+import sys
+
+import numpy as np
+from plot import HERE, all_scores, digits, load, read_official, result_files
+from run import InputError, Parser
+
+
+def main(argv):
+    parser = Parser("gate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="*", help="CSV files and run folders (default: benchmark/results/*.csv)")
+    parser.add_argument("--kind", choices=("auto", "eval", "train"), default="auto", help="which returns count")
+    parser.add_argument("--unfinished", action="store_true", help="judge runs that have not reached their total_steps")
+    parser.add_argument("--official", help="CSV of the published scores (default: benchmark/reference/)")
+    args = parser.parse_args(argv)
+    rows = load(args.inputs or result_files(HERE / "results"), unfinished=args.unfinished)
+    scores = all_scores(rows, read_official(args.official), args.kind)
+    if all(entry.official is None for entry in scores):
+        raise InputError("nothing to judge: no finished run of a task and frame count with published scores")
+    lines = [("task", "script", "kind", "seeds", "frames", "ours", "low", "mean", "high", "verdict")]
+    for entry in scores:
+        mean, low, high = map(digits, entry.official) if entry.official else "---"
+        ours = digits(np.mean(list(entry.seeds.values())))
+        group = (entry.group.task, entry.group.script, entry.kind, str(len(entry.seeds)), f"{entry.frames:,}")
+        lines.append((*group, ours, low, mean, high, entry.verdict))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return 1 if any(entry.verdict == "under" for entry in scores) else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except InputError as error:
+        print(f"gate.py: {error}", file=sys.stderr)
+        sys.exit(2)

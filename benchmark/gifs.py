@@ -1,0 +1,57 @@
+"""Draws a trained agent: a GIF of it playing, a GIF and a PNG strip of its imagination (truth, model, error).
+
+python benchmark/gifs.py dreamer_v2_continuous.py runs/<run> --out benchmark/figures
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", type=Path)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmark" / "figures")
+    parser.add_argument("--frames", type=int, default=200, help="frames of the playing GIF")
+    options = parser.parse_args()
+    script = importlib.import_module(options.script.stem)
+    try:
+        args = script.load_config(options.run_dir / "config.yaml")
+        agent = script.Dreamer.from_pretrained(options.run_dir)
+    except script.UserError as error:
+        sys.exit(f"error: {error}")
+
+    steps = np.load(options.run_dir / "replay" / "steps.npy", mmap_mode="r")
+    rows = script.load_checkpoint(options.run_dir)["replay_rows"]
+    length, start = args.train_seq_len, max(0, rows - 1500) % len(steps)
+    starts = start + np.linspace(0, min(rows, len(steps)) - start - length, 6).astype(int)
+    window = (starts + np.arange(length)[:, None]) % len(steps)  # (T, 6)
+    fields = {
+        name: script.torch.from_numpy(np.ascontiguousarray(steps[name][window, 0])) for name in script.Batch._fields
+    }
+    video, imagined, observed = script.open_loop(agent, script.Batch(**fields))
+    print(f"mean squared error of imagined frames {imagined:.5f}, of observed ones {observed:.5f}")
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = f"{args.env_id.replace('/', '-')}_{options.script.stem}"
+    script.write_file(options.out / f"imagination_{name}.gif", script.gif(video, fps=10))
+    # The strip shows one sequence: a column each for some steps, rows truth, model and error.
+    shown = np.unique(np.linspace(0, length - 1, 12).astype(int))
+    strip = np.concatenate([video[t, :, :64] for t in shown], 1)
+    Image.fromarray(strip).resize((strip.shape[1], strip.shape[0])).save(options.out / f"imagination_{name}.png")
+    returns, frames = script.evaluate(agent, args, 1, args.seed, stop=[])
+    frames = frames[: options.frames : 2].repeat(2, 1).repeat(2, 2)
+    script.write_file(options.out / f"playing_{name}.gif", script.gif(frames, fps=20))
+    print(f"return of the episode shown: {returns[0]:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,765 @@
+"""Learning curves of our runs over the published ones, and the tables of the README.
+
+    python benchmark/plot.py export runs/* --out benchmark/results/pong.csv    # run folders to one CSV (and its .json)
+    python benchmark/plot.py curves --out figures                              # PNGs from benchmark/results/*.csv
+    python benchmark/plot.py curves runs/* --out figures                       # ... or straight from run folders
+    python benchmark/plot.py readme                                            # figures and tables of README.md
+    python benchmark/plot.py random --env-ids dmc/walker-walk ALE/Pong-v5      # what a random policy scores
+
+The x axis is in environment frames. Scores of a run are the mean of its returns in the last 5% of the frames that all
+seeds of its group reached. Bad input: one line, exit code 2.
+"""
+
+import argparse
+import contextlib
+import csv
+import glob
+import io
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from run import InputError, Parser, frame_count, machine, read_yaml
+
+HERE = Path(__file__).resolve().parent
+COLUMNS = ["version", "task", "script", "seed", "step", "return", "kind"]
+SCRIPTS = ("dreamer_v1_continuous", "dreamer_v2_atari", "dreamer_v2_continuous")
+OURS, THEIRS, FLOOR = "#d1495b", "#8a8a8a", "#30638e"
+WINDOW = 0.05
+MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
+
+
+class Row(NamedTuple):
+    version: str
+    task: str
+    script: str
+    seed: int
+    step: int
+    value: float
+    kind: str
+
+
+class Group(NamedTuple):
+    version: str
+    task: str
+    script: str
+
+
+class Score(NamedTuple):
+    """The runs of one group at the frames that all its seeds reached, beside the official ones at the same frames."""
+
+    group: Group
+    kind: str
+    frames: int
+    seeds: dict  # seed -> return
+    official: tuple | None  # mean, min, max
+    verdict: str
+
+
+# FILES
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary name that becomes `path` when the block ends well, so nobody ever reads half a file."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=path.suffix)
+        os.close(handle)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        yield name
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def write(path, text):
+    with replacing(path) as name:
+        Path(name).write_text(text)
+
+
+def read_csv(path, columns):
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+    reader = csv.DictReader(line for line in lines if line and not line.startswith("#"))
+    if not set(columns) <= set(reader.fieldnames or []):
+        raise InputError(f"{path}: expected the columns {','.join(columns)}")
+    rows = list(reader)
+    for row in rows:
+        if None in row or None in row.values():
+            raise InputError(f"{path}: row {','.join(str(value) for value in row.values())} has not one cell a column")
+    return rows
+
+
+def number(text, path):
+    try:
+        value = float(text)
+    except (ValueError, TypeError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{path}: {text!r} is not a number")
+    return value
+
+
+def read_official(path=None):
+    """{(version, task): array of frames, mean, min, max}"""
+    path, curves = path or HERE / "reference" / "official_scores.csv", defaultdict(list)
+    for row in read_csv(path, ["version", "task", "env_steps", "mean", "min", "max"]):
+        point = [number(row[key], path) for key in ("env_steps", "mean", "min", "max")]
+        curves[row["version"], row["task"]].append(point)
+    return {key: np.array(sorted(points)).T for key, points in curves.items()}
+
+
+def read_normalizers():
+    """{Atari task: (random, human gamer, human record)}, nan where nothing was published"""
+    path = HERE / "reference" / "atari_normalizers.csv"
+    rows = read_csv(path, ["task", "random", "human_gamer", "human_record"])
+    return {r["task"]: [float(r[key] or "nan") for key in ("random", "human_gamer", "human_record")] for r in rows}
+
+
+def read_floors(path=None):
+    """{task: mean return of a random policy}: measured where it was, else the published figure."""
+    floors = {task: scores[0] for task, scores in read_normalizers().items()}
+    path = path or HERE / "results" / "random_scores.csv"
+    if Path(path).exists():
+        rows = read_csv(path, ["env_id", "mean", "std", "episodes"])
+        floors |= {task_name(row["env_id"]): number(row["mean"], path) for row in rows}
+    return floors
+
+
+def task_name(env_id):
+    """The name of the published scores: dmc/walker-walk is dmc_walker_walk, ALE/Pong-v5 is atari_pong."""
+    bare = env_id.rpartition(":")[2]
+    suite, _, name = bare.partition("/")
+    if suite in ("dmc", "dm_control"):
+        return "dmc_" + re.sub(r"-v\d+$", "", name).replace("-", "_").replace("ball_in_cup", "cup")
+    game = re.sub(r"(NoFrameskip|Deterministic|-ramDeterministic|-ram)?-v\d+$", "", name if suite == "ALE" else bare)
+    squashed = game.removeprefix("atari/").replace("_", "").lower()
+    known = {task.removeprefix("atari_").replace("_", ""): task for task in read_normalizers()}
+    return known.get(squashed, bare)
+
+
+# RUNS
+
+
+def run_folders(path):
+    """`path` is a run folder, or it holds some."""
+    found = [path] if (path / "config.yaml").exists() else sorted(p.parent for p in path.glob("*/config.yaml"))
+    if not found and not (found := sorted(p.parent for p in path.glob("runs/*/config.yaml"))):
+        raise InputError(f"{path}: no run folder (config.yaml) in it")
+    return found
+
+
+def describe(folder):
+    """(version, task, script, seed, total_steps) of a run folder, from its config.yaml alone."""
+    path = folder / "config.yaml"
+    config = read_yaml(path)
+    missing = [key for key in ("env_id", "seed", "total_steps") if key not in config]
+    if missing:
+        raise InputError(f"{path}: no {missing[0]}")
+    task, name = task_name(str(config["env_id"])), str(config.get("exp_name") or "")
+    script = next((script for script in SCRIPTS if name.startswith(script)), None)
+    if script is None:  # a free --exp-name: tell the script by what only it has
+        v2 = "dreamer_v2_continuous" if "actor_dist" in config else "dreamer_v2_atari"
+        script = v2 if "num_classes" in config else "dreamer_v1_continuous"
+    label = name if name.startswith(script) or not name else f"{script}-{name}"
+    return (
+        script.split("_")[1],
+        task,
+        label,
+        int(number(config["seed"], path)),
+        frame_count(config["total_steps"], path),
+    )
+
+
+def read_metrics(folder):
+    """([(step, return, kind)], last step). What a killed run logged beyond the checkpoint it resumed at is dropped."""
+    path, points = folder / "metrics.jsonl", []
+    if not path.exists():
+        raise InputError(f"{folder}: no metrics.jsonl")
+    last = 0
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            step = int(row["step"])
+        except (ValueError, KeyError, TypeError):  # the line that a killed run was writing
+            continue
+        if step < last:
+            points = [point for point in points if point[0] < step]
+        last = step
+        for kind, name in (("train", "charts/episodic_return"), ("eval", "charts/eval_return")):
+            value = row.get(name)
+            if isinstance(value, int | float) and math.isfinite(value):
+                points.append((step, float(value), kind))
+    return points, last
+
+
+def thin(points, width):
+    """Mean of the training returns in every `width` frames, at the frame of the last of them. Evaluations stay."""
+    bins, out = defaultdict(list), [point for point in points if point[2] == "eval" or not width]
+    for step, value, kind in points:
+        if kind == "train" and width:
+            bins[(step - 1) // width].append((step, value))
+    out += [(part[-1][0], float(np.mean([value for _, value in part])), "train") for part in bins.values()]
+    return sorted(out)
+
+
+def load(paths, width=0, unfinished=True):
+    """Rows of CSV files and run folders."""
+    rows, sources = [], {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            for folder in run_folders(path):
+                version, task, script, seed, total = describe(folder)
+                points, last = read_metrics(folder)
+                if not unfinished and last < total:
+                    print(f"left out: {folder} is at {last:,} of {total:,} frames", file=sys.stderr)
+                    continue
+                new = [Row(version, task, script, seed, *point) for point in thin(points, width)]
+                rows += claim(new, folder, sources)
+        else:
+            new = [
+                Row(
+                    r["version"],
+                    r["task"],
+                    r["script"],
+                    int(number(r["seed"], path)),
+                    int(number(r["step"], path)),
+                    number(r["return"], path),
+                    r["kind"],
+                )
+                for r in read_csv(path, COLUMNS)
+            ]
+            if bad := next((row.kind for row in new if row.kind not in ("eval", "train")), None):
+                raise InputError(f"{path}: kind is {bad!r}, neither eval nor train")
+            rows += claim(new, path, sources)
+    return rows
+
+
+def claim(rows, source, sources):
+    """One run for each seed: two would be averaged into a curve that nobody ran."""
+    for key in {(row.script, row.task, row.seed) for row in rows}:
+        if sources.setdefault(key, source) != source:
+            raise InputError(f"two runs of {key[0]} on {key[1]} with seed {key[2]}: {sources[key]} and {source}")
+    return rows
+
+
+def by_group(rows, kind="auto"):
+    """{group: (kind, {seed: (steps, returns)})}; auto: evaluations where every seed has some, else training."""
+    groups = defaultdict(lambda: {"eval": defaultdict(list), "train": defaultdict(list)})
+    for row in rows:
+        groups[Group(row.version, row.task, row.script)][row.kind][row.seed].append((row.step, row.value))
+    out = {}
+    for group, kinds in sorted(groups.items()):
+        use = kind
+        if kind == "auto":
+            use = "eval" if kinds["eval"] and set(kinds["eval"]) >= set(kinds["train"]) else "train"
+        if kinds[use]:
+            out[group] = use, {seed: np.array(sorted(points)).T for seed, points in sorted(kinds[use].items())}
+    return out
+
+
+def official_at(curve, frames):
+    """(mean, min, max) between the neighbouring frame counts; past the last one, that one; before the first, None."""
+    if curve is None or frames < curve[0][0]:
+        return None
+    return tuple(float(np.interp(frames, curve[0], values)) for values in curve[1:])
+
+
+def score(group, kind, seeds, official):
+    frames = int(min(steps[-1] for steps, _ in seeds.values()))
+    values = {}
+    for seed, (steps, returns) in seeds.items():
+        last = returns[(steps > (1 - WINDOW) * frames) & (steps <= frames)]
+        values[seed] = float(last.mean() if len(last) else np.interp(frames, steps, returns))
+    reference, verdict = official_at(official.get(group[:2]), frames), "no reference"
+    if reference:
+        mean = np.mean(list(values.values()))
+        verdict = "under" if mean < reference[1] else "above" if mean > reference[2] else "inside"
+    return Score(group, kind, frames, values, reference, verdict)
+
+
+def all_scores(rows, official, kind="auto"):
+    return [score(group, use, seeds, official) for group, (use, seeds) in by_group(rows, kind).items()]
+
+
+def iqm(matrix, reps=2000):
+    """Interquartile mean over (seeds, tasks) and its 95% interval, bootstrapped over the seeds of each task."""
+    try:
+        from rliable import library, metrics
+    except Exception as error:  # noqa: BLE001 - with an unlucky pandas it is no ImportError
+        raise InputError(f"rliable does not import ({error}): pip install -r benchmark/requirements.txt") from None
+    # rliable takes a random_state and then draws from numpy's global one.
+    state = np.random.get_state()
+    np.random.seed(0)
+    try:
+        point, interval = library.get_interval_estimates(
+            {"ours": matrix}, lambda scores: np.array([metrics.aggregate_iqm(scores)]), reps=reps
+        )
+    finally:
+        np.random.set_state(state)
+    return float(point["ours"][0]), *(float(bound) for bound in interval["ours"][:, 0])
+
+
+# EXPORT
+
+
+def attempts_of(folder):
+    """What run.py wrote down about a run: one dict for each time it was started."""
+    found = []
+    for path in sorted(folder.absolute().parent.parent.glob("logs/*.jsonl")):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line that was cut off
+                record = json.loads(line)
+                found += [record] if record["run"] == folder.name else []
+    return found
+
+
+def provenance(folder, args):
+    _, task, script, seed, total = describe(folder)
+    if attempts := attempts_of(folder):
+        facts, recorded = attempts[0], "by run.py, at the start of the run"
+        seconds = sum(attempt["seconds"] for attempt in attempts)
+    else:
+        facts, recorded = machine(str(HERE.parent), os.environ), "at export; wall_seconds from file times"
+        facts["command"] = f"python {script}.py --config CONFIG  (the settings below)"
+        stamp = re.search(r"__(\d{9,})$", folder.name)  # not config.yaml, which every resume writes again
+        started = float(stamp[1]) if stamp else (folder / "config.yaml").stat().st_mtime
+        seconds = (folder / "metrics.jsonl").stat().st_mtime - started
+    return {
+        "run": folder.name,
+        "task": task,
+        "script": script,
+        "seed": seed,
+        "frames": read_metrics(folder)[1],
+        "total_steps": total,
+        "command": args.command or facts["command"],
+        "hardware": args.hardware or facts["hardware"],
+        "commit": args.commit or facts["commit"],
+        "versions": facts["versions"],
+        "starts": len(attempts) or None,
+        "wall_seconds": round(seconds, 1),
+        "recorded": recorded,
+    }
+
+
+def export(args):
+    out = Path(args.out)
+    if out.suffix != ".csv":
+        raise InputError(f"--out {out}: expected a name that ends in .csv")
+    folders = [folder for path in args.inputs for folder in run_folders(Path(path))]
+    rows = sorted(load(folders, args.bin, unfinished=True))
+    if not rows:
+        raise InputError(f"no returns in {', '.join(map(str, folders))}")
+    configs = [read_yaml(folder / "config.yaml") for folder in folders]
+    local = ("config", "resume", "evaluate")  # paths of the machine that trained
+    common = {k: v for k, v in configs[0].items() if k not in local and all(c.get(k) == v for c in configs)}
+    runs = []
+    for folder, config in zip(folders, configs, strict=True):
+        own = {k: v for k, v in config.items() if k not in common and k not in local}
+        runs.append({**provenance(folder, args), "config": own})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(row._replace(value=f"{row.value:.6g}") for row in rows)
+    write(out.with_suffix(".json"), json.dumps({"common_config": common, "runs": runs}, indent=1) + "\n")
+    write(out, text.getvalue())
+    print(f"{out}: {len(rows)} rows of {len(folders)} runs")
+
+
+# FIGURES
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("matplotlib is not installed: pip install -r benchmark/requirements.txt") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({
+        "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "grid.color": "#ececec", "axes.axisbelow": True, "legend.frameon": False,
+        "svg.hashsalt": "0",
+    })  # fmt: skip
+    return plt
+
+
+def save(figure, path):
+    with replacing(path) as name:
+        # No software version inside: the same curves give the same bytes.
+        figure.savefig(
+            name, dpi=130 if figure.get_figheight() < 10 else 90, facecolor="white", metadata={"Software": None}
+        )
+    pyplot().close(figure)
+    print(path)
+    return Path(path)
+
+
+def mean_and_range(seeds, points=60):
+    """Frames, mean, lowest and highest seed, from the first frame to the last one that all seeds reached."""
+    start, end = max(steps[0] for steps, _ in seeds.values()), min(steps[-1] for steps, _ in seeds.values())
+    if start >= end:
+        return None
+    edges = np.linspace(start, end, points + 1)
+    curves = []
+    for steps, returns in seeds.values():
+        # The mean in each interval, so that a long noisy series is smoothed and a short one is left as it is.
+        index = np.clip(np.searchsorted(edges, steps, side="left") - 1, 0, points - 1)
+        filled = np.unique(index)
+        x, y = ([values[index == i].mean() for i in filled] for values in (steps, returns))
+        curves.append(np.interp(edges, x, y))
+    return edges, np.mean(curves, 0), np.min(curves, 0), np.max(curves, 0)
+
+
+def legend_below(figure, columns):
+    handles = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    labels = sorted(handles, key=lambda label: not label.startswith("ours"))
+    figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=columns, fontsize=8)
+
+
+def draw_curves(script, groups, official, floors, out, full=False):
+    plt = pyplot()
+    columns = min(4, len(groups))
+    lines = math.ceil(len(groups) / columns)
+    size = max(6, 3 * columns), 2.3 * lines + 0.6
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(groups) :]:
+        axis.axis("off")
+    for axis, (group, (kind, seeds)) in zip(axes.flat, groups.items(), strict=False):
+        reference = official.get(group[:2])
+        right = 1.05 * max(steps[-1] for steps, _ in seeds.values())
+        if reference is not None:
+            right = max(right, reference[0][-1]) if full else right
+            # Cut at the right edge: what lies beyond it would still stretch the y axis.
+            shown = reference[:, reference[0] < right]
+            shown = np.c_[shown, [right, *official_at(reference, right)]] if right >= reference[0][0] else shown
+            frames, mean, low, high = shown
+            axis.fill_between(frames / 1e6, low, high, color=THEIRS, alpha=0.2, linewidth=0)
+            axis.plot(frames / 1e6, mean, color=THEIRS, linewidth=1.5, label="official: mean and range")
+        if group.task in floors:
+            axis.axhline(floors[group.task], color=FLOOR, linewidth=1, linestyle=":", label="random policy")
+        for steps, returns in seeds.values():
+            axis.plot(steps / 1e6, returns, color=OURS, linewidth=0.6, alpha=0.25)
+        if curve := mean_and_range(seeds):
+            frames, mean, low, high = curve
+            axis.fill_between(frames / 1e6, low, high, color=OURS, alpha=0.2, linewidth=0)
+            axis.plot(frames / 1e6, mean, color=OURS, linewidth=1.8, label="ours: mean and range")
+        else:
+            points = [(steps[-1] / 1e6, returns[-1]) for steps, returns in seeds.values()]
+            axis.plot(*zip(*points, strict=True), "o", color=OURS, markersize=4, label="ours: one point a seed")
+        many = f"{len(seeds)} seed" + "s" * (len(seeds) > 1)
+        axis.set_title(re.sub("^(dmc|atari)_", "", group.task), loc="left")
+        axis.set_title(f"{many}, {kind}", loc="right", fontsize=7, color="#777777")
+        axis.set_xlim(0, right / 1e6)
+    figure.suptitle(script, x=0.01, ha="left", fontweight="bold")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("return")
+    for axis in axes.flat[max(0, len(groups) - columns) : len(groups)]:
+        axis.set_xlabel("million frames")
+    legend_below(figure, 3)
+    return save(figure, Path(out, f"curves_{script}.png"))
+
+
+def human_normalised(scores):
+    """[(score, ours per seed, official mean or None)], 0 a random policy and 1 a human player, for the Atari games."""
+    known, out = read_normalizers(), []
+    for entry in scores:
+        floor, human, _ = known.get(entry.group.task, (math.nan,) * 3)
+        if not math.isnan(human):
+            ours = [(value - floor) / (human - floor) for value in entry.seeds.values()]
+            out.append((entry, ours, entry.official and (entry.official[0] - floor) / (human - floor)))
+    return out
+
+
+def draw_atari(scores, out):
+    entries = human_normalised(scores)
+    if not entries:
+        return None
+    plt = pyplot()
+    entries.sort(key=lambda entry: np.mean(entry[1]))
+    figure, axis = plt.subplots(figsize=(6.5, 0.32 * len(entries) + 1.4), layout="constrained")
+    for y, (_, ours, theirs) in enumerate(entries):
+        axis.barh(y, np.mean(ours), 0.6, color=OURS, alpha=0.7, label="ours: mean of the seeds")
+        axis.plot(ours, [y] * len(ours), "o", color="#5c1420", markersize=3, label="ours: each seed")
+        if theirs is not None:
+            axis.plot([theirs] * 2, [y - 0.4, y + 0.4], color="#444444", linewidth=2, label="official, same frames")
+    axis.axvline(1, color=FLOOR, linewidth=1, linestyle=":", label="human player")
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_xscale("symlog", linthresh=1)  # games differ by factors of a hundred
+    values = [value for _, ours, theirs in entries for value in [*ours, theirs] if value is not None]
+    axis.set_xticks([-1, 0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200])
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.set_xlim(min(-0.02, 1.1 * min(values)), max(1.1, 1.1 * max(values)))
+    axis.set_ylim(-0.7, len(entries) - 0.3)
+    axis.grid(axis="y", visible=False)
+    names = [f"{e.group.task.removeprefix('atari_')}, {e.frames / 1e6:.3g}M" for e, *_ in entries]
+    several = len({e.group.script for e, *_ in entries}) > 1
+    names = [f"{n} ({e.group.script})" if several else n for n, (e, *_) in zip(names, entries, strict=True)]
+    axis.set_yticks(range(len(entries)), names)
+    axis.set_xlabel("human-normalised score (0: random policy, 1: human player)")
+    legend_below(figure, 4)
+    return save(figure, Path(out, "atari_human_normalised.png"))
+
+
+def aggregate(scores):
+    """[(script, suite, tasks, seeds, IQM, low, high)] for every script with values enough (four) for quartiles."""
+    suites = defaultdict(list)
+    for entry, ours, _ in human_normalised(scores):
+        suites[entry.group.script, "Atari, human-normalised"].append(ours)
+    for entry in scores:
+        if entry.group.task.startswith("dmc_"):
+            suites[entry.group.script, "DMC, return / 1000"].append([v / 1000 for v in entry.seeds.values()])
+    out = []
+    for (script, suite), tasks in sorted(suites.items()):
+        seeds = min(map(len, tasks))  # rliable wants a full matrix
+        if seeds * len(tasks) >= 4:
+            matrix = np.array([values[:seeds] for values in tasks]).T
+            out.append((script, suite, len(tasks), seeds, *iqm(matrix)))
+    return out
+
+
+def figures(rows, args):
+    official, floors, by_script = read_official(), read_floors(), defaultdict(dict)
+    for group, entry in by_group(rows, args.kind).items():
+        by_script[group.script][group] = entry
+    paths = [draw_curves(s, groups, official, floors, args.figures, args.full) for s, groups in by_script.items()]
+    return [path for path in [*paths, draw_atari(all_scores(rows, official, args.kind), args.figures)] if path]
+
+
+# TABLES
+
+
+def markdown(header, rows):
+    lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
+    return "\n".join(lines)
+
+
+def digits(value):
+    return f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def spread(mean, low, high):
+    return f"{digits(mean)} ({digits(low)} to {digits(high)})"
+
+
+def tables(rows, kind, with_iqm=True):
+    scores, floors = all_scores(rows, read_official(), kind), read_floors()
+    lines = []
+    for entry in scores:
+        values, floor = list(entry.seeds.values()), floors.get(entry.group.task)
+        lines.append([
+            entry.group.task, entry.group.script, str(len(values)), entry.kind, f"{entry.frames:,}",
+            spread(np.mean(values), min(values), max(values)),
+            spread(*entry.official) if entry.official else "-", entry.verdict,
+            "-" if floor is None else digits(floor),
+        ])  # fmt: skip
+    header = ["task", "script", "seeds", "kind", "frames", "return: mean (range)", "official: mean (range)"]
+    parts = [markdown([*header, "against official", "random policy"], lines)]
+    if atari := human_normalised(scores):
+        lines = [
+            [e.group.task, e.group.script, f"{e.frames:,}", f"{np.mean(ours):.2f}", "-" if o is None else f"{o:.2f}"]
+            for e, ours, o in atari
+        ]
+        parts.append(markdown(["game", "script", "frames", "human-normalised", "official, same frames"], lines))
+    if with_iqm and (groups := aggregate(scores)):
+        lines = [[s, suite, str(t), str(n), f"{m:.3f} ({a:.3f} to {b:.3f})"] for s, suite, t, n, m, a, b in groups]
+        header = ["script", "suite", "tasks", "seeds", "interquartile mean (95% bootstrap interval)"]
+        parts.append(markdown(header, lines))
+    return parts
+
+
+def measured_with(paths):
+    lines = []
+    for path in paths:
+        sidecar = Path(path).with_suffix(".json")
+        if not sidecar.exists():
+            raise InputError(f"{path}: no {sidecar.name} beside it to say how it was measured")
+        try:
+            runs = json.loads(sidecar.read_text())["runs"]
+            hours = [run["wall_seconds"] / 3600 for run in runs]
+            unique = [", ".join(sorted({str(run[key] or "-") for run in runs})) for key in ("hardware", "commit")]
+            command = runs[0]["command"]
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise InputError(f"{sidecar}: not what `plot.py export` writes") from None
+        low, high = (f"{value:.2g}" if value < 10 else f"{value:,.0f}" for value in (min(hours), max(hours)))
+        time = low if low == high else f"{low} to {high}"
+        lines.append([Path(path).name, str(len(runs)), time, *unique, f"`{command}`"])
+    return markdown(["results", "runs", "hours a run", "hardware", "commit", "command of the first run"], lines)
+
+
+def result_files(folder):
+    paths = sorted(
+        path for path in glob.glob(f"{glob.escape(str(folder))}/*.csv") if not path.endswith("random_scores.csv")
+    )
+    if not paths:
+        raise InputError(f"{folder}: no results (*.csv) in it")
+    return paths
+
+
+def readme(args):
+    path = Path(args.readme)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if [text.count(marker) for marker in MARKERS] != [1, 1] or text.index(MARKERS[0]) > text.index(MARKERS[1]):
+        raise InputError(f"{path}: expected one {MARKERS[0]} and, after it, one {MARKERS[1]}")
+    files = result_files(args.results)
+    rows = load(files)
+    written = [*tables(rows, args.kind, not args.no_iqm), measured_with(files)]
+    images = [os.path.relpath(image, path.absolute().parent) for image in figures(rows, args)]
+    parts = ["<!-- written by `python benchmark/plot.py readme`: do not edit -->"]
+    parts += [*(f"![{Path(image).stem}]({image})" for image in images), *written]
+    before, after = text.split(MARKERS[0])[0], text.split(MARKERS[1])[1]
+    section = "\n\n".join([MARKERS[0], *parts, MARKERS[1]])
+    write(path, before + section + after)
+    print(path)
+
+
+# RANDOM POLICY
+
+
+def random_returns(env_id, episodes, seed, repeat, sticky):
+    """Returns of uniformly random actions; nothing is rendered."""
+    suite, _, name = env_id.rpartition(":")[2].partition("/")
+    generator = np.random.default_rng(seed)
+    if suite in ("dmc", "dm_control"):
+        os.environ["MUJOCO_GL"] = "disabled"
+        from dm_control import suite as dmc
+
+        domain, _, task = re.sub(r"-v\d+$", "", name).partition("-")
+        try:
+            env = dmc.load(domain, task, task_kwargs={"random": seed})
+        except ValueError as error:
+            raise InputError(f"{env_id}: {error}") from None
+        spec = env.action_spec()
+        for _ in range(episodes):
+            total, step, frame = 0.0, env.reset(), 0
+            while not step.last():
+                if frame % (repeat or 2) == 0:
+                    action = generator.uniform(spec.minimum, spec.maximum)
+                step = env.step(action)
+                total, frame = total + step.reward, frame + 1
+            yield total
+        return
+    import gymnasium as gym
+
+    atari = task_name(env_id)
+    try:
+        if atari.startswith("atari_"):
+            import ale_py
+
+            gym.register_envs(ale_py)
+            game = "".join(word.capitalize() for word in atari.removeprefix("atari_").split("_"))
+            game = {"JamesBond": "Jamesbond"}.get(game, game)
+            env = gym.make(
+                f"ALE/{game}-v5", obs_type="ram", frameskip=repeat or 4, repeat_action_probability=sticky,
+                max_num_frames_per_episode=108_000,
+            )  # fmt: skip
+            hold = 1
+        else:
+            env = gym.make(env_id)
+            hold = repeat or (2 if isinstance(env.action_space, gym.spaces.Box) else 4)
+    except gym.error.Error as error:
+        raise InputError(f"{env_id}: {' '.join(str(error).split())}") from None
+    env.action_space.seed(seed)
+    for episode in range(episodes):
+        env.reset(seed=seed if episode == 0 else None)
+        total, over = 0.0, False
+        while not over:
+            action = env.action_space.sample()
+            for _ in range(hold):
+                _, reward, terminated, truncated, _ = env.step(action)
+                total, over = total + float(reward), terminated or truncated
+                if over:
+                    break
+        yield total
+
+
+def measure_random(args):
+    path, columns = Path(args.out), ["env_id", "mean", "std", "episodes"]
+    rows = {row["env_id"]: row for row in read_csv(path, columns)} if path.exists() else {}
+    for env_id in args.env_ids:
+        returns = list(random_returns(env_id, args.episodes, args.seed, args.action_repeat, args.sticky))
+        values = (env_id, f"{np.mean(returns):.4f}", f"{np.std(returns):.4f}", str(args.episodes))
+        rows[env_id] = dict(zip(columns, values, strict=True))
+        print(*values, flush=True)
+        head = "# returns of uniformly random actions, by benchmark/plot.py random"
+        text = [head, ",".join(columns), *(",".join(rows[name][key] for key in columns) for name in sorted(rows))]
+        write(path, "\n".join(text) + "\n")
+
+
+# COMMAND LINE
+
+
+def parse(argv):
+    parser = Parser("plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="export|curves|table|readme|random", parser_class=Parser)
+
+    def command(name, function, about):
+        sub = commands.add_parser(name, help=about, description=about, prog="plot.py")
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("export", export, "run folders to one CSV, with a .json that says how they were made")
+    sub.add_argument("inputs", nargs="+", help="run folders, or folders that hold some")
+    sub.add_argument("--out", required=True)
+    sub.add_argument("--bin", type=int, default=10_000, help="average training returns over so many frames (0: no)")
+    for name in ("command", "hardware", "commit"):
+        sub.add_argument(f"--{name}", help="for runs that run.py did not start")
+    for name, function, about in (
+        ("curves", lambda args: figures(load(args.inputs or result_files(args.results)), args), "draw the figures"),
+        ("table", show_tables, "print the tables"),
+        ("readme", readme, "rewrite the figures and tables of README.md"),
+    ):
+        sub = command(name, function, about)
+        if name != "readme":
+            sub.add_argument("inputs", nargs="*", help="CSV files and run folders (default: all of --results)")
+        sub.add_argument("--results", default=HERE / "results", help="folder of the CSV files")
+        sub.add_argument("--kind", choices=("auto", "eval", "train"), default="auto")
+        if name != "table":
+            sub.add_argument("--out", dest="figures", default=HERE / "figures", help="folder of the PNGs")
+            sub.add_argument("--full", action="store_true", help="show the official curve beyond our last frame")
+        if name != "curves":
+            sub.add_argument("--no-iqm", action="store_true", help="leave out what needs rliable")
+    sub.add_argument("--readme", default=HERE.parent / "README.md")
+    sub = command("random", measure_random, "measure what a random policy scores")
+    sub.add_argument("--env-ids", nargs="+", required=True)
+    sub.add_argument("--episodes", type=int, default=10)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--action-repeat", type=int, help="frames an action is held (default: as in the scripts)")
+    sub.add_argument("--sticky", type=float, default=0.25, help="Atari: chance that the last action is repeated")
+    sub.add_argument("--out", default=HERE / "results" / "random_scores.csv")
+    return parser.parse_args(argv)
+
+
+def show_tables(args):
+    print("\n\n".join(tables(load(args.inputs or result_files(args.results)), args.kind, not args.no_iqm)))
+
+
+if __name__ == "__main__":
+    arguments = parse(sys.argv[1:])
+    try:
+        arguments.function(arguments)
+    except InputError as error:
+        print(f"plot.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,200 @@
+"""Times each script's full update, policy step, environment and training loop; prints a table and writes JSON.
+
+    python benchmark/throughput.py                                  # everything, on the CPU or the GPU that is there
+    python benchmark/throughput.py --parts update --precision bfloat16
+    python benchmark/throughput.py --parts update --modes eager compile graph graph+compile     # on CUDA
+
+Updates run on random uint8 data in a real replay, sampling included; environments and loops are real.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# The reference sizes: V1 as its paper, V2 in the paper's architecture (depth 48, no extra Linear, MLPs without norm).
+PAPER_V2 = {"cnn_depth": 48, "obs_embed_size": 0, "act": "elu", "layer_norm": False, "reward_head": "mse"}
+CASES = {
+    "V1": ("dreamer_v1_continuous", "dmc/walker-walk", {"obs_embed_size": 0}),
+    "V2-DMC": (
+        "dreamer_v2_continuous",
+        "dmc/walker-walk",
+        PAPER_V2 | {"pred_discount": False, "actor_dist": "trunc_normal"},
+    ),
+    "V2-Atari": ("dreamer_v2_atari", "PongNoFrameskip-v4", PAPER_V2),
+}
+ACTIONS = 6
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def times(call, device, warmup, repeats):
+    """Seconds of each of `repeats` calls."""
+    for _ in range(warmup):
+        call()
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(seconds):
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "repeats": len(seconds)}
+
+
+def time_update(script, args, channels, device, repeats):
+    """One update of world model, actor and critic, its batch drawn from a replay of random data."""
+    learner = script.Learner(script.Dreamer(args, channels, ACTIONS).to(device), args, device)
+    rng, n = np.random.default_rng(0), args.batch_size * args.train_seq_len
+    with tempfile.TemporaryDirectory() as folder:
+        replay = script.Replay(Path(folder) / "replay", n, 2, 1, (channels, 64, 64), ACTIONS, device)
+        no = np.zeros(1, bool)
+        for _ in range(n):
+            image = rng.integers(0, 256, (1, channels, 64, 64), np.uint8)
+            replay.add(image, script.random_actions(rng, 1, ACTIONS), rng.normal(size=1), no, no, no)
+
+        def sample():
+            return replay.sample(rng, args.batch_size, args.train_seq_len)
+
+        result = {
+            "update": summary(times(lambda: learner(sample()), device, 5 if device.type == "cuda" else 2, repeats)),
+            "sample": summary(times(sample, device, 2, 20)),
+        }
+    if device.type == "cuda":
+        result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        result["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return result
+
+
+def time_policy(script, args, channels, device):
+    agent = script.Dreamer(args, channels, ACTIONS).to(device)
+    result = {}
+    for n in (1, 4, 16):
+        image = np.random.default_rng(0).integers(0, 256, (n, channels, 64, 64), np.uint8)
+        state, no = agent.initial_state(n), np.zeros(n, bool)
+        seconds = times(lambda i=image, s=state, f=no: agent.policy(i, s, f)[0].cpu(), device, 30, 200)
+        result[f"policy_{n}"] = summary(seconds)
+    return result
+
+
+def time_env(script, args):
+    envs = script.make_envs(args, args.num_envs)
+    envs.reset(seed=0)
+    size = script.probe_env(args)[1]
+    action = script.random_actions(np.random.default_rng(0), args.num_envs, size)
+    seconds = times(lambda: script.step_envs(envs, action), torch.device("cpu"), 20, 200)
+    envs.close()
+    return {"env_step": summary(seconds), "env_frames_per_second": args.action_repeat * args.num_envs / min(seconds)}
+
+
+def time_loop(script, args, frames):
+    """Frames per second of the whole training loop at its default schedule, after the seed frames and the warm-up."""
+    total = args.seed_steps + frames
+    args = dataclasses.replace(args, total_steps=total, eval_every=0, checkpoint_interval=10 * total, pretrain=5)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()):
+        marks = []
+
+        class Timed(script.Learner):
+            def __call__(self, batch):
+                marks.append(time.perf_counter())
+                return super().__call__(batch)
+
+        original, script.Learner = script.Learner, Timed
+        try:
+            script.main(args)
+        finally:
+            script.Learner = original
+        warm = 10 + args.pretrain  # the first updates compile, capture and fill caches
+        frames_each = args.collect_steps / args.update_steps
+        return {"loop_frames_per_second": (len(marks) - 1 - warm) * frames_each / (marks[-1] - marks[warm])}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--parts", nargs="+", default=["update", "policy", "env", "loop"])
+    parser.add_argument("--precision", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--modes", nargs="+", default=["graph+compile"], help="on CUDA: eager compile graph graph+compile"
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--loop-frames", type=int, default=1000)
+    parser.add_argument("--num-envs", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for case in options.cases:
+        name, env_id, sizes = CASES[case]
+        script = importlib.import_module(name)
+        script.tune_cpu()
+        channels = 1 if case == "V2-Atari" else 3
+        for precision in options.precision:
+            for mode in options.modes if device.type == "cuda" else ["eager"]:
+                args = script.Args(
+                    env_id=env_id, precision=precision, compile="compile" in mode, cuda_graph="graph" in mode, **sizes
+                )
+                args = dataclasses.replace(args, num_envs=options.num_envs)
+                row = {"case": case, "precision": precision, "mode": mode}
+                if "update" in options.parts:
+                    row |= time_update(script, args, channels, device, options.repeats)
+                if "policy" in options.parts:
+                    row |= time_policy(script, args, channels, device)
+                if "env" in options.parts:
+                    row |= time_env(script, args)
+                if "loop" in options.parts:
+                    row |= time_loop(script, args, options.loop_frames)
+                rows.append(row)
+                figures = [
+                    f"{key} {value['median'] * 1000:.2f} ms" if isinstance(value, dict) else f"{key} {value:.2f}"
+                    for key, value in row.items()
+                    if not isinstance(value, str)
+                ]
+                print(f"{case:<9} {precision:<9} {mode:<14}", ", ".join(figures), flush=True)
+
+    if options.out:
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+        report = {
+            "command": " ".join(["python", *sys.argv]),
+            "hardware": hardware,
+            "machine": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "commit": commit,
+            "rows": rows,
+        }
+        temporary = options.out.with_suffix(".tmp")
+        temporary.write_text(json.dumps(report, indent=1))
+        os.replace(temporary, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1758 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0",
+#   "numpy==2.4.6",
+#   "gymnasium==1.4.0",
+#   "opencv-python-headless==5.0.0.93",
+#   "mujoco==3.17.0",
+#   "imageio==2.38.1",
+#   "dm_control==1.0.50",
+#   "ale-py==0.12.1",
+#   "pygame-ce==2.5.8",
+#   "tyro==1.0.16",
+#   "tensorboard==2.21.0",
+#   "pillow==13.0.0",
+#   "pyyaml==6.0.3",
+#   "tqdm==4.70.1",
+#   "wandb==0.31.0",
+# ]
+# ///
+"""DreamerV2: learn a discrete world model from pixels, learn to act inside its imagination (discrete actions).
+
+Mastering Atari with Discrete World Models, Hafner et al. 2020, https://arxiv.org/abs/2010.02193
+Official code: https://github.com/danijar/dreamerv2
+
+    python dreamer_v2_atari.py --env-id PongNoFrameskip-v4     # train
+    python dreamer_v2_atari.py --resume runs/<run>              # continue a run that was stopped or killed
+    python dreamer_v2_atari.py --evaluate runs/<run>            # play with the mode action, print the returns
+
+Steps are environment frames, action repeat included. Sequences are time-major, (T, B, ...); imagined ones are
+(H, N, ...) with N = T * B start states. Index t of a sequence holds the observation x_t, the action a_t that LED to it,
+and the reward r_t received on arriving there.
+"""
+
+import argparse
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import importlib
+import importlib.metadata
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import ale_py.roms
+import cv2
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+import yaml
+from ale_py.vector_env import AtariVectorEnv
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclasses.dataclass
+class Args:
+    # experiment
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """the name of this experiment"""
+    seed: int = 1
+    """seed of the experiment"""
+    torch_deterministic: bool = True
+    """if toggled, `torch.backends.cudnn.deterministic=True`"""
+    cuda: bool = True
+    """train on the GPU if there is one"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """autocast precision of the networks; auto: bfloat16 on CUDA, float32 on the CPU"""
+    compile: bool = True
+    """on CUDA: compile the recurrent steps with torch.compile"""
+    cuda_graph: bool = True
+    """on CUDA: replay the whole update as one CUDA graph"""
+    track: bool = False
+    """if toggled, this experiment will be tracked with Weights and Biases"""
+    wandb_project_name: str = "dreamer"
+    """the wandb's project name"""
+    wandb_entity: str | None = None
+    """the entity (team) of wandb's project"""
+    capture_video: bool = False
+    """save a GIF of the first episode of each evaluation (in the run folder's `videos`)"""
+    config: str = ""
+    """YAML file with values for these flags (a run's config.yaml or a recipe); flags given beside it win"""
+    resume: str = ""
+    """run folder to continue"""
+    evaluate: str = ""
+    """run folder whose agent plays `eval_episodes` episodes; nothing is written"""
+
+    # environment
+    env_id: str = "PongNoFrameskip-v4"
+    """an Atari game by any of its names, or any Gymnasium id with discrete actions, `module:Id` included"""
+    num_envs: int = 1
+    """environments stepped in parallel (more than one: each in a process of its own)"""
+    env_timeout: float = 0.0
+    """seconds after which an environment's step counts as hung and it is restarted (0: wait forever)"""
+    action_repeat: int = 4
+    """frames for which each action is repeated"""
+    sticky_actions: bool = True
+    """Atari: with probability 0.25 a frame repeats the action before (Machado et al. 2018)"""
+    full_action_space: bool = False
+    """Atari: all 18 actions instead of the game's own"""
+    terminal_on_life_loss: bool = False
+    """Atari: a lost life counts as terminal; the game goes on"""
+
+    # schedule, in frames
+    total_steps: int = 10_000_000
+    """frames of the whole run"""
+    seed_steps: int = 20_000
+    """frames of random actions before learning starts"""
+    collect_steps: int = 64
+    """frames between two training phases"""
+    update_steps: int = 1
+    """updates in each training phase"""
+    pretrain: int = 1
+    """updates right after the seed frames"""
+    scalar_freq: int = 4000
+    """frames between two log lines"""
+    eval_every: int = 500_000
+    """frames between two evaluations (0: none)"""
+    eval_episodes: int = 5
+    """episodes of each evaluation"""
+    checkpoint_interval: int = 50_000
+    """frames between two checkpoints"""
+
+    # replay
+    replay_capacity: int = 2_000_000
+    """agent steps kept, over all environments"""
+    batch_size: int = 16
+    """sequences in a batch"""
+    train_seq_len: int = 50
+    """length of these sequences"""
+
+    # world model
+    stoch_size: int = 32
+    """number of categorical latents"""
+    num_classes: int = 32
+    """classes of each"""
+    deter_size: int = 600
+    """size of the recurrent state, and of the RSSM's hidden layers"""
+    obs_embed_size: int = 1024
+    """size of a Linear after the encoder's convolutions (0: none, as in the official code)"""
+    cnn_depth: int = 32
+    """channels of the encoder's first convolution"""
+    units: int = 400
+    """width of the heads, the actor and the critic"""
+    reward_layers: int = 4
+    """hidden layers of the reward head"""
+    discount_layers: int = 4
+    """hidden layers of the discount head"""
+    value_layers: int = 4
+    """hidden layers of the critic"""
+    actor_layers: int = 4
+    """hidden layers of the actor"""
+    act: Literal["silu", "elu"] = "silu"
+    """activation function (the paper's: elu)"""
+    layer_norm: bool = True
+    """LayerNorm in the hidden layers (the paper: no; its GRU has one in either case)"""
+    reward_head: Literal["twohot", "mse"] = "twohot"
+    """rewards as a two-hot classification over symlog bins, or the paper's regression"""
+    pred_discount: bool = True
+    """learn when episodes terminate"""
+    discount_scale: float = 5.0
+    """weight of the discount head's loss"""
+    kl_loss_coeff: float = 0.1
+    """weight of the KL loss"""
+    kl_alpha: float = 0.8
+    """share of the KL loss that moves the prior towards the posterior"""
+    free_nats: float = 0.0
+    """the mean KL is not pushed below this"""
+    model_learning_rate: float = 2e-4
+    """learning rate of the world model"""
+
+    # behaviour
+    imagine_horizon: int = 15
+    """imagined steps"""
+    discount: float = 0.997
+    """discount factor"""
+    td_lambda: float = 0.95
+    """lambda of the returns"""
+    actor_grad: Literal["dynamics", "reinforce", "both"] = "reinforce"
+    """gradient of the actor: through the learned dynamics, score function, or a mixture"""
+    actor_grad_mix: float = 0.1
+    """share of the dynamics gradient under `both`"""
+    actor_entropy: float = 1e-3
+    """weight of the actor's entropy"""
+    action_noise: float = 0.0
+    """probability of a random action instead of the actor's"""
+    actor_learning_rate: float = 4e-5
+    """learning rate of the actor"""
+    value_learning_rate: float = 1e-4
+    """learning rate of the critic"""
+    slow_target_update: int = 100
+    """updates after which the slow critic, which gives targets and baseline, becomes a copy of the critic"""
+    adam_eps: float = 1e-5
+    """epsilon of the three Adams"""
+    weight_decay: float = 1e-6
+    """factor by which all weights shrink at each update, whatever the learning rate"""
+    grad_clip: float = 100.0
+    """global norm to which each gradient is clipped"""
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that says what is wrong and how to mend it; the script exits with code 2."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+def load_config(path: Path) -> Args:
+    """Reads flags from YAML, coerced to the types of `Args` (YAML reads `1e-4` as text). Unknown keys are refused."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except Exception as error:  # PyYAML raises more than its YAMLError, for `!!int ""` for example
+        raise UserError(f"cannot read the configuration {path}: {str(error)[:200]}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no `flag: value` lines")
+    fields = {field.name: field.type for field in dataclasses.fields(Args)}
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(f"unknown key {key!r} in {path}; `--help` lists the flags")
+        kind = fields[key]
+        try:
+            if get_origin(kind) is Literal:
+                valid = value in get_args(kind)
+            elif kind in (int, float):
+                number = float("nan" if isinstance(value, bool) else value)
+                values[key] = kind(number)
+                valid = values[key] == number
+            else:
+                valid = isinstance(value, kind)
+        except (TypeError, ValueError, OverflowError):
+            valid = False
+        if not valid:
+            raise UserError(f"{key}: {value!r} in {path} is not a valid {getattr(kind, '__name__', kind)}")
+    return Args(**values)
+
+
+def check_args(args: Args) -> Args:
+    """Raises `UserError` for values no run can have."""
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+            raise UserError(f"--{name.replace('_', '-')} {value} must be a finite number that is not negative")
+    may_be_zero = {"seed", "seed_steps", "pretrain", "eval_every", "obs_embed_size", "reward_layers"}
+    may_be_zero |= {"discount_layers", "value_layers", "actor_layers"}
+    for field in dataclasses.fields(Args):
+        if field.type is int and field.name not in may_be_zero and getattr(args, field.name) < 1:
+            raise UserError(f"--{field.name.replace('_', '-')} must be at least 1")
+    for name in ("model_learning_rate", "actor_learning_rate", "value_learning_rate", "adam_eps", "grad_clip"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be greater than 0")
+    for name in ("discount", "td_lambda", "actor_grad_mix", "kl_alpha", "action_noise"):
+        if getattr(args, name) > 1:
+            raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1")
+    if args.seed >= 2**31:
+        raise UserError("--seed must be less than 2**31")
+    if args.train_seq_len > args.replay_capacity // args.num_envs:
+        raise UserError(
+            f"--train-seq-len {args.train_seq_len} is longer than an environment's share of the replay "
+            f"({args.replay_capacity // args.num_envs} agent steps): raise --replay-capacity"
+        )
+    for name in ("imagine_horizon", "train_seq_len"):
+        if getattr(args, name) < 2:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 2")
+    return args
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Flags over the run's or recipe's YAML over the defaults. Raises `UserError` with tyro's message on one line."""
+    sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--resume", "--evaluate", "--config"):
+        sources.add_argument(name)
+    try:
+        given, _ = sources.parse_known_args(argv)
+    except (argparse.ArgumentError, SystemExit) as error:
+        raise UserError(str(error)) from None
+    default = Args()
+    if run_dir := given.resume or given.evaluate:
+        if not (Path(run_dir) / "config.yaml").is_file():
+            raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
+        default = load_config(Path(run_dir) / "config.yaml")
+    elif given.config:
+        default = load_config(Path(given.config))
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return check_args(tyro.cli(Args, args=argv, default=default, description=__doc__))
+    except SystemExit as stop:
+        if stop.code:
+            text = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
+            message = " ".join(text[: next((i for i, line in enumerate(text) if line[:1] in "─╰"), None)])
+            raise UserError(f"{message} (--help lists the flags)") from None
+        raise
+
+
+# ENVIRONMENTS
+
+
+def choose_gl() -> None:
+    """Sets MUJOCO_GL, before MuJoCo is imported, to a backend that renders without a display: EGL, else OSMesa."""
+    if "MUJOCO_GL" in os.environ or sys.platform != "linux":
+        return
+    for backend, libraries in (("egl", ("libEGL.so.1", "libGL.so.1")), ("osmesa", ("libOSMesa.so.8",))):
+        with contextlib.suppress(OSError):
+            for library in libraries:
+                ctypes.CDLL(library)
+            os.environ["MUJOCO_GL"] = backend
+            return
+    if "DISPLAY" not in os.environ:
+        raise UserError("no OpenGL for rendering: apt-get install --no-install-recommends libegl1 libgl1")
+
+
+def atari_game(env_id: str) -> str | None:
+    """The game's name in ALE for `PongNoFrameskip-v4`, `ALE/Pong-v5`, `atari/pong` and the like; None for other ids."""
+    suite, _, name = env_id.rpartition("/")
+    key = re.sub(r"((NoFrameskip|Deterministic)?-v\d+)?$", "", name, count=1).replace("_", "").lower()
+    games = {game.replace("_", ""): game for game in ale_py.roms.get_all_rom_ids()}
+    if suite in ("ALE", "atari") and key not in games:
+        raise UserError(f"ALE has no game {name!r}; names are like PongNoFrameskip-v4, ALE/Pong-v5 or atari/pong")
+    is_atari = suite in ("ALE", "atari") or re.fullmatch(r"\w+-v[04]", env_id)  # Blackjack-v1 is Gymnasium's own
+    return games.get(key) if is_atari else None
+
+
+class Atari(gym.vector.VectorWrapper):
+    """Games in ALE's own threads: (N, 1, 64, 64) grey, the maximum of the last two of the repeated frames.
+
+    `life_lost` in the info marks the rows on which a life was lost.
+    """
+
+    def __init__(self, args: Args, game: str, num_envs: int):
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+        envs = AtariVectorEnv(
+            game,
+            num_envs,
+            img_height=64,
+            img_width=64,
+            stack_num=1,
+            frameskip=args.action_repeat,
+            repeat_action_probability=0.25 if args.sticky_actions else 0.0,
+            full_action_space=args.full_action_space,
+            max_num_frames_per_episode=108_000,
+            noop_max=30,
+            reward_clipping=False,
+            use_fire_reset=False,
+        )
+        super().__init__(envs)
+
+    def reset(self, **kwargs):
+        image, info = self.env.reset(**kwargs)
+        self.lives, self.ended = info["lives"].copy(), np.zeros(self.num_envs, bool)
+        return image, info
+
+    def step(self, action: np.ndarray):
+        image, reward, terminated, truncated, info = self.env.step(action)
+        info["life_lost"] = (info["lives"] < self.lives) & ~self.ended  # a new game may have fewer lives than the old
+        self.lives, self.ended = info["lives"].copy(), terminated | truncated
+        return image, reward, terminated, truncated, info
+
+
+class Pixels(gym.Wrapper):
+    """Observations are what the environment renders, (3, 64, 64) uint8; each action is repeated, rewards are summed."""
+
+    def __init__(self, env: gym.Env, action_repeat: int):
+        super().__init__(env)
+        self.action_repeat = action_repeat
+        self.observation_space = gym.spaces.Box(0, 255, (3, 64, 64), np.uint8)
+
+    def pixels(self) -> np.ndarray:
+        frame = self.env.render()
+        if not (isinstance(frame, np.ndarray) and frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8):
+            raise UserError("render() does not give an image: the environment must support render_mode='rgb_array'")
+        if frame.shape[:2] != (64, 64):
+            frame = cv2.resize(frame, (64, 64), interpolation=cv2.INTER_AREA)
+        return frame.transpose(2, 0, 1)
+
+    def reset(self, **kwargs):
+        _, info = self.env.reset(**kwargs)
+        return self.pixels(), {}
+
+    def step(self, action):
+        total, terminated, truncated = 0.0, False, False
+        for _ in range(self.action_repeat):
+            _, reward, terminated, truncated, _ = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return self.pixels(), total, terminated, truncated, {}
+
+
+def make_env(args: Args) -> gym.Env:
+    """One environment with pixels (3, 64, 64) uint8 and discrete actions; `UserError` for an unsuitable one."""
+    if multiprocessing.parent_process() is not None:  # a worker leaves Ctrl-C and the scheduler's signals to the script
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    size, (module, _, name) = {}, args.env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    if "mujoco" in str(gym.spec(name).entry_point):
+        choose_gl()
+        size = {"width": 64, "height": 64}
+    env = gym.make(args.env_id, render_mode="rgb_array", **size)
+    if not isinstance(env.action_space, gym.spaces.Discrete):
+        raise UserError(f"{args.env_id} has the actions {env.action_space}; this script needs discrete ones")
+    return Pixels(env, args.action_repeat)
+
+
+def probe_env(args: Args) -> tuple[tuple[int, ...], int]:
+    """Makes and resets one environment, so that a bad one is told in one line before anything is created.
+
+    Returns the image shape (C, 64, 64) and the action size.
+    """
+    try:
+        if game := atari_game(args.env_id):
+            env = Atari(args, game, 1)
+            env.reset(seed=args.seed)
+            env.close()
+            return env.single_observation_space.shape, int(env.single_action_space.n)
+        env = make_env(args)
+        env.reset(seed=args.seed)
+        env.close()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a third party's environment raises
+        no_gl = re.search("EGL|OpenGL|eglQuery|glGetError|OSMesa", str(error))
+        hint = "(apt-get install --no-install-recommends libegl1 libgl1)" if no_gl else ""
+        raise UserError(f"cannot use {args.env_id}: {type(error).__name__}: {str(error)[:300]} {hint}") from None
+    return env.observation_space.shape, int(gym.spaces.flatdim(env.action_space))
+
+
+def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
+    """Environments side by side. NEXT_STEP autoreset: the last observation is a row of its own, then comes the reset's.
+
+    Workers are spawned: a fork would deadlock once the parent has initialised EGL.
+    """
+    if game := atari_game(args.env_id):
+        return Atari(args, game, num_envs)
+    thunks = [lambda: make_env(args)] * num_envs
+    if num_envs == 1 and not args.env_timeout:
+        return gym.vector.SyncVectorEnv(thunks)
+    return gym.vector.AsyncVectorEnv(thunks, context="spawn")
+
+
+def close_envs(envs: gym.vector.VectorEnv) -> None:
+    """Ends environments at once, hung and dead ones too; `close` would wait for an answer from every worker."""
+    if isinstance(envs, gym.vector.AsyncVectorEnv):
+        for process in envs.processes:
+            process.kill()
+            process.join()
+        envs.closed = True
+    else:
+        with contextlib.suppress(Exception):
+            envs.close()
+
+
+def random_actions(rng: np.random.Generator, num_envs: int, action_size: int) -> np.ndarray:
+    return np.eye(action_size, dtype=np.float32)[rng.integers(action_size, size=num_envs)]
+
+
+def step_envs(
+    envs: gym.vector.VectorEnv, action: np.ndarray, timeout: float = 0.0, terminal_on_life_loss: bool = False
+):
+    """One step of all environments: image (N, C, 64, 64), reward, is_terminal and is_last (N,).
+
+    `action`: one-hot (N, action); `timeout`: seconds given to environments in processes of their own (0: no limit).
+    """
+    action = action.argmax(-1)
+    if timeout and isinstance(envs, gym.vector.AsyncVectorEnv):
+        envs.step_async(action)
+        image, reward, terminated, truncated, info = envs.step_wait(timeout)
+    else:
+        image, reward, terminated, truncated, info = envs.step(action)
+    is_terminal = terminated | info["life_lost"] if terminal_on_life_loss and "life_lost" in info else terminated
+    return image, reward, is_terminal, terminated | truncated
+
+
+# DISTRIBUTIONS AND NETWORKS
+
+
+def normal_nll(mean: Tensor, target: Tensor) -> Tensor:
+    """-log N(target; mean, 1), element by element."""
+    return 0.5 * (target - mean).square() + 0.5 * math.log(2 * math.pi)
+
+
+def image_nll(mean: Tensor, image: Tensor) -> Tensor:
+    """-log N(image; mean, 1) of (N, C, 64, 64), summed over pixels, mean over images."""
+    squares = F.mse_loss(mean, image, reduction="sum") / len(image)
+    return 0.5 * squares + 0.5 * math.log(2 * math.pi) * image[0].numel()
+
+
+def sample_onehot(logits: Tensor) -> Tensor:
+    """One-hot draws (..., classes) with straight-through gradients (Algorithm 1 of the paper).
+
+    All latents are drawn here, so that a test can put recorded draws in their place.
+    """
+    probs = logits.softmax(-1)
+    race = probs / torch.empty_like(probs).exponential_()  # the first of exponential clocks to ring is class i with p_i
+    onehot = torch.zeros_like(probs).scatter_(-1, race.argmax(-1, keepdim=True), 1.0)
+    return onehot + (probs - probs.detach())
+
+
+def kl_categorical(logit: Tensor, other: Tensor) -> Tensor:
+    """KL(logit || other) of independent categoricals (..., stoch, classes) -> (...), in nats."""
+    logp, logq = logit.log_softmax(-1), other.log_softmax(-1)
+    return (logp.exp() * (logp - logq)).sum((-2, -1))
+
+
+def kl_loss(post: Tensor, prior: Tensor, alpha: float, free_nats: float) -> tuple[Tensor, Tensor]:
+    """KL balancing (Algorithm 2 of the paper), for logits (T, B, stoch, classes). Returns the loss and the mean KL.
+
+    The share `alpha` moves the prior towards the posterior, the rest the posterior towards the prior.
+    """
+    to_post = kl_categorical(post.detach(), prior).mean()
+    to_prior = kl_categorical(post, prior.detach()).mean()
+    loss = alpha * to_post.clamp(min=free_nats) + (1 - alpha) * to_prior.clamp(min=free_nats)
+    return loss, to_post.detach()
+
+
+def entropy_categorical(logit: Tensor) -> Tensor:
+    """Entropy of independent categoricals (..., stoch, classes) -> (...), in nats."""
+    logp = logit.log_softmax(-1)
+    return -(logp.exp() * logp).sum((-2, -1))
+
+
+def symlog(x: Tensor) -> Tensor:
+    return x.sign() * x.abs().log1p()
+
+
+def symexp(x: Tensor) -> Tensor:
+    return x.sign() * x.abs().expm1()
+
+
+def twohot(x: Tensor, bins: Tensor) -> Tensor:
+    """Weights (..., bins) on the two bins beside each x (...), whose mean is x; beyond the range, on the last bin."""
+    x = x.clamp(bins[0], bins[-1])
+    above = torch.searchsorted(bins, x).clamp(1, len(bins) - 1)
+    share = (x - bins[above - 1]) / (bins[above] - bins[above - 1])
+    weights = torch.zeros(*x.shape, len(bins), device=x.device)
+    weights.scatter_(-1, (above - 1)[..., None], (1 - share)[..., None])
+    return weights.scatter_(-1, above[..., None], share[..., None])
+
+
+class OneHot(NamedTuple):
+    """A categorical over one-hot actions: the actor's distribution. Field: (..., action)."""
+
+    logits: Tensor
+
+    def sample(self) -> Tensor:
+        return sample_onehot(self.logits)
+
+    def mode(self) -> Tensor:
+        return torch.zeros_like(self.logits).scatter_(-1, self.logits.argmax(-1, keepdim=True), 1.0)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """log probability of one-hot actions (..., action) -> (...); no gradient to them, as in the official code."""
+        return (action.detach() * self.logits.log_softmax(-1)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        logp = self.logits.log_softmax(-1)
+        return -(logp.exp() * logp).sum(-1)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Keras' defaults, as in the official code: Glorot-uniform weights, zero biases."""
+    for name, parameter in module.named_parameters():
+        if "bias" in name:
+            nn.init.zeros_(parameter)
+        elif parameter.ndim > 1:
+            nn.init.xavier_uniform_(parameter)
+
+
+def activation(args: Args) -> nn.Module:
+    return nn.SiLU() if args.act == "silu" else nn.ELU()
+
+
+def norm(args: Args, size: int) -> nn.Module:
+    return nn.LayerNorm(size, eps=1e-3) if args.layer_norm else nn.Identity()
+
+
+class MLP(nn.Sequential):
+    """`layers` hidden layers with norm and activation, and an output layer: (..., size) -> (..., out_size)."""
+
+    def __init__(self, args: Args, size: int, layers: int, out_size: int):
+        modules = []
+        for _ in range(layers):
+            modules += [nn.Linear(size, args.units), norm(args, args.units), activation(args)]
+            size = args.units
+        super().__init__(*modules, nn.Linear(size, out_size))
+
+
+class RewardHead(MLP):
+    """Features (..., feat) -> reward: two-hot classification over 255 symlog-spaced bins, or regression."""
+
+    def __init__(self, args: Args, size: int):
+        self.twohot = args.reward_head == "twohot"
+        super().__init__(args, size, args.reward_layers, 255 if self.twohot else 1)
+        self.register_buffer("bins", torch.linspace(-20, 20, 255), persistent=False)
+
+    def mean(self, feat: Tensor) -> Tensor:
+        """(..., feat) -> (...)."""
+        output = self(feat).float()
+        return symexp((output.softmax(-1) * self.bins).sum(-1)) if self.twohot else output.squeeze(-1)
+
+    def nll(self, feat: Tensor, reward: Tensor) -> Tensor:
+        """Negative log-likelihood of rewards (...)."""
+        output = self(feat).float()
+        if self.twohot:
+            return -(twohot(symlog(reward), self.bins) * output.log_softmax(-1)).sum(-1)
+        return normal_nll(output.squeeze(-1), reward)
+
+
+class Actor(MLP):
+    """Features (..., feat) -> distribution of actions (..., action)."""
+
+    def __init__(self, args: Args, size: int, action_size: int):
+        super().__init__(args, size, args.actor_layers, action_size)
+
+    def forward(self, feat: Tensor) -> OneHot:
+        return OneHot(super().forward(feat).float())
+
+
+def pixels_to_float(image: Tensor) -> Tensor:
+    """uint8 images (N, C, 64, 64) to [-0.5, 0.5], channels last in memory, which convolutions like."""
+    return image.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(0.5)
+
+
+class Encoder(nn.Module):
+    """Images (N, C, 64, 64) in [-0.5, 0.5] -> embeddings (N, embed). 64 > 31 > 14 > 6 > 2 pixels."""
+
+    def __init__(self, args: Args, channels: int):
+        super().__init__()
+        depth, embed_size = args.cnn_depth, args.obs_embed_size
+        self.act, self.convs = activation(args), nn.ModuleList()
+        for i in range(4):
+            self.convs.append(nn.Conv2d(channels, depth * 2**i, 4, stride=2))
+            channels = depth * 2**i
+        self.embed_size = embed_size or 4 * channels
+        self.linear = nn.Linear(4 * channels, embed_size) if embed_size else nn.Identity()
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = image
+        for conv in self.convs:
+            x = self.act(conv(x))
+        return self.linear(x.permute(0, 2, 3, 1).flatten(1))  # (h, w, c) order, as the official code flattens
+
+
+def conv_transpose_1x1(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
+    """`conv` of 1x1 images (N, in) -> (N, out, k, k), as the matrix product it is."""
+    size, out, k, _ = conv.weight.shape
+    weight = conv.weight.permute(2, 3, 1, 0).reshape(k * k * out, size)
+    return F.linear(x, weight, conv.bias.repeat(k * k)).view(-1, k, k, out).permute(0, 3, 1, 2)
+
+
+class SubPixelConvTranspose(torch.autograd.Function):
+    """A transposed convolution of stride 2, for the CPU: its forward is a convolution that gives the four output pixels
+    around each input pixel as channels, which oneDNN computes up to twice as fast. Its backward is the usual one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        size, out, k, _ = weight.shape
+        taps = (k + 1) // 2  # of each of the four pixels; an odd kernel gets a zero tap, and the image is cropped
+        weight = F.pad(weight, (0, k % 2, 0, k % 2)).view(size, out, taps, 2, taps, 2)
+        weight = weight.flip(2, 4).permute(3, 5, 1, 0, 2, 4).reshape(4 * out, size, taps, taps)
+        y = F.conv2d(x, weight, bias.repeat(4), padding=taps - 1).permute(0, 2, 3, 1)  # (N, h, w, 4 * out)
+        n, h, w, _ = y.shape
+        y = y.reshape(n, h, w, 2, 2, out).transpose(2, 3).reshape(n, 2 * h, 2 * w, out)
+        return y[:, : 2 * h - k % 2, : 2 * w - k % 2].contiguous().permute(0, 3, 1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = (saved.to(grad.dtype) for saved in ctx.saved_tensors)
+        return torch.ops.aten.convolution_backward(
+            *(grad, x, weight, [weight.shape[1]], [2, 2], [0, 0], [1, 1], True, [0, 0], 1), ctx.needs_input_grad
+        )
+
+
+class Decoder(nn.Module):
+    """Features (N, feat) -> mean image (N, C, 64, 64). 1 > 5 > 13 > 30 > 64 pixels; no activation after the Linear."""
+
+    def __init__(self, args: Args, feat_size: int, channels: int):
+        super().__init__()
+        self.act, depth = activation(args), args.cnn_depth
+        sizes = [32 * depth, 4 * depth, 2 * depth, depth, channels]
+        self.linear = nn.Linear(feat_size, sizes[0])
+        self.convs = nn.ModuleList(
+            nn.ConvTranspose2d(sizes[i], sizes[i + 1], kernel, stride=2) for i, kernel in enumerate((5, 5, 6, 6))
+        )
+
+    def forward(self, feat: Tensor) -> Tensor:
+        x = conv_transpose_1x1(self.linear(feat), self.convs[0])
+        for conv in self.convs[1:]:
+            x = self.act(x)
+            x = conv(x) if x.is_cuda else SubPixelConvTranspose.apply(x, conv.weight, conv.bias)
+        return x
+
+
+# RSSM
+
+
+class State(NamedTuple):
+    """Latent state: one-hot `stoch` (..., stoch, classes), drawn with `logit`, and `deter` (..., deter)."""
+
+    logit: Tensor
+    stoch: Tensor
+    deter: Tensor
+
+    @property
+    def feat(self) -> Tensor:
+        """What the heads, the actor and the critic see: (..., stoch * classes + deter)."""
+        return torch.cat([self.stoch.flatten(-2), self.deter], -1)
+
+
+class LayerNormGRUCell(nn.Module):
+    """(N, size), (N, deter) -> (N, deter). One LayerNorm over all gates; update = 1 means overwrite."""
+
+    def __init__(self, size: int, deter_size: int):
+        super().__init__()
+        self.linear = nn.Linear(size + deter_size, 3 * deter_size)
+        self.norm = nn.LayerNorm(3 * deter_size, eps=1e-3)
+
+    def forward(self, x: Tensor, deter: Tensor) -> Tensor:
+        gates = self.norm(self.linear(torch.cat([x, deter], -1))).float()
+        reset, candidate, update = gates.chunk(3, -1)
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+        update = torch.sigmoid(update - 1)
+        return update * candidate + (1 - update) * deter
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model (equation 1).
+
+    recurrent model             h_t = GRU(h_{t-1}, [z_{t-1}, a_{t-1}])
+    transition predictor        z_t ~ p(z_t | h_t)           the prior
+    representation model        z_t ~ q(z_t | h_t, e_t)      the posterior; e_t: embedded image
+    """
+
+    def __init__(self, args: Args, hidden_size: int, action_size: int, embed_size: int):
+        super().__init__()
+        self.stoch_size, self.num_classes = args.stoch_size, args.num_classes
+        self.deter_size, self.action_size = args.deter_size, action_size
+        latent_size = args.stoch_size * args.num_classes
+        self.input = nn.Linear(latent_size + action_size, hidden_size)
+        self.input_norm = norm(args, hidden_size)
+        self.gru = LayerNormGRUCell(hidden_size, args.deter_size)
+        self.prior_hidden = nn.Linear(args.deter_size, hidden_size)
+        self.prior_norm = norm(args, hidden_size)
+        self.prior_logit = nn.Linear(hidden_size, latent_size)
+        self.post_hidden = nn.Linear(args.deter_size + embed_size, hidden_size)
+        self.post_norm = norm(args, hidden_size)
+        self.post_logit = nn.Linear(hidden_size, latent_size)
+        self.act = activation(args)
+
+    def initial(self, batch_size: int) -> State:
+        """All zeros, as in the official code."""
+        stoch = self.input.weight.new_zeros(batch_size, self.stoch_size, self.num_classes)
+        return State(stoch, stoch, self.input.weight.new_zeros(batch_size, self.deter_size))
+
+    def recur(self, stoch: Tensor, action: Tensor, deter: Tensor) -> Tensor:
+        """h_t from z_{t-1}, the action taken there and h_{t-1}."""
+        x = self.input(torch.cat([stoch.flatten(-2), action], -1))
+        return self.gru(self.act(self.input_norm(x)), deter)
+
+    def prior(self, deter: Tensor) -> Tensor:
+        """Logits (..., stoch, classes) of p(z_t | h_t)."""
+        hidden = self.act(self.prior_norm(self.prior_hidden(deter)))
+        return self.prior_logit(hidden).float().unflatten(-1, (self.stoch_size, self.num_classes))
+
+    def project_embed(self, embed: Tensor) -> Tensor:
+        """The embedding's share of the posterior's hidden layer; it needs no recurrence: all t at once."""
+        return F.linear(embed, self.post_hidden.weight[:, self.deter_size :], self.post_hidden.bias)
+
+    def posterior(self, deter: Tensor, projected: Tensor) -> Tensor:
+        """Logits (..., stoch, classes) of q(z_t | h_t, e_t), e_t being given by `project_embed`."""
+        hidden = F.linear(deter, self.post_hidden.weight[:, : self.deter_size]) + projected
+        hidden = self.act(self.post_norm(hidden))
+        return self.post_logit(hidden).float().unflatten(-1, (self.stoch_size, self.num_classes))
+
+    def imagine_step(self, state: State, action: Tensor) -> State:
+        """One step of the prior."""
+        deter = self.recur(state.stoch, action, state.deter)
+        logit = self.prior(deter)
+        return State(logit, sample_onehot(logit), deter)
+
+    def observe_step(self, stoch: Tensor, deter: Tensor, action: Tensor, projected: Tensor, is_first: Tensor) -> State:
+        """One step of the posterior; where an episode begins the previous state and action are multiplied by 0."""
+        keep = 1 - is_first.to(deter.dtype)[:, None]
+        deter = self.recur(stoch * keep[..., None], action * keep, deter * keep)
+        logit = self.posterior(deter, projected)
+        return State(logit, sample_onehot(logit), deter)
+
+
+def observe(rssm: RSSM, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None):
+    """Filters a batch of sequences: posterior states and the prior's logits, all (T, B, ...).
+
+        x_0      x_1      x_2          a_t led to x_t; the state before index 0 is `state` (zeros if None)
+         |        |        |
+    -a_0-> s_0 -a_1-> s_1 -a_2-> s_2
+    """
+    state = state or rssm.initial(embed.shape[1])
+    projected = rssm.project_embed(embed)  # (T, B, hidden)
+    states = []
+    for t in range(len(embed)):
+        state = rssm.observe_step(state.stoch, state.deter, action[t], projected[t], is_first[t])
+        states.append(state)
+    post = State(*(torch.stack(field) for field in zip(*states, strict=True)))
+    return post, rssm.prior(post.deter)  # the loss needs no draw from the prior, so no recurrence either
+
+
+# REPLAY
+
+
+class Batch(NamedTuple):
+    """Sequences, (T, B, ...). Index t: what was seen, the action that led there, the reward on arriving."""
+
+    image: Tensor  # (T, B, C, 64, 64) uint8
+    action: Tensor  # (T, B, action), zeros at a reset
+    reward: Tensor  # (T, B)
+    is_first: Tensor  # (T, B) bool
+    is_terminal: Tensor  # (T, B) bool; a time limit is not terminal
+
+
+def draw_starts(replay: "Replay", rng: np.random.Generator, env: np.ndarray, length: int) -> np.ndarray:
+    """First row of each sequence, for the streams `env` (B,).
+
+    A row is drawn uniformly; if its episode ends, or the stream does, less than `length` rows later, the sequence is
+    the last one before that end. So an episode's end is as likely as any row to be seen (official `prioritize_ends`).
+    """
+    oldest = replay.total - len(replay)
+    start = oldest + rng.integers(len(replay), size=len(env))  # (B,)
+    rows = start + np.arange(length)[:, None]  # (length, B)
+    is_end = replay.steps["is_last"][rows % replay.rows, env] | (rows >= replay.total - 1)
+    end = np.where(is_end.any(0), is_end.argmax(0), length - 1)
+    return np.maximum(start + end - (length - 1), oldest)
+
+
+class Replay:
+    """Ring buffer of environment steps in a memory-mapped file, one stream per environment, each frame stored once.
+
+    Every row carries a checksum. The ring has `slack` rows more than it offers: what a run writes after its last
+    checkpoint never overwrites a row which that checkpoint counts on, so a killed run finds them all again.
+    On CUDA the images are mirrored in GPU memory if they fit there, and gathered there.
+    """
+
+    GROWTH = 1024  # rows for which disk space is reserved at a time: a full disk is an error here, not a SIGBUS later
+
+    def __init__(self, folder: Path, capacity: int, slack: int, num_envs: int, image_shape, action_size: int, device):
+        self.fields = np.dtype(
+            [
+                ("image", np.uint8, image_shape),
+                ("action", np.float32, (action_size,)),
+                ("reward", np.float32),
+                ("is_first", bool),
+                ("is_terminal", bool),
+                ("is_last", bool),
+                ("checksum", np.uint32),
+            ]
+        )
+        self.capacity, self.num_envs, self.device = capacity // num_envs, num_envs, device
+        self.rows = self.capacity + slack
+        self.total = 0  # rows ever written to each stream
+        self.path = folder / "steps.npy"
+        mode = "r+" if self.path.exists() else "w+"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if mode == "r+":
+                np.lib.format.open_memmap(self.path, "r")  # "r+" would fill up a truncated file with zeros
+            self.steps = np.lib.format.open_memmap(self.path, mode, self.fields, (self.rows, num_envs))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot open the replay {self.path}: {error}") from None
+        if self.steps.dtype != self.fields or self.steps.shape != (self.rows, num_envs):
+            raise UserError(
+                f"{self.path} was written with another environment, replay_capacity, num_envs or checkpoint_interval"
+            )
+        self.reserved = 0
+        self.mirror = None
+        if device.type == "cuda" and self.steps["image"].nbytes < 0.6 * torch.cuda.mem_get_info()[0]:
+            self.mirror = torch.zeros(self.steps["image"].shape, dtype=torch.uint8, device=device)
+
+    def add(self, image, action, reward, is_first, is_terminal, is_last) -> None:
+        """Appends one row to each stream; arguments are (num_envs, ...). Raises `UserError` on a full disk."""
+        row = self.total % self.rows
+        if row >= self.reserved and hasattr(os, "posix_fallocate"):
+            self.reserved = min(self.rows, row + self.GROWTH)
+            try:
+                with open(self.path, "r+b") as file:
+                    stride = self.num_envs * self.fields.itemsize
+                    offset = self.steps.offset + row * stride
+                    os.posix_fallocate(file.fileno(), offset, (self.reserved - row) * stride)
+            except OSError as error:
+                raise UserError(
+                    f"no room for the replay {self.path} ({error.strerror}): free some space, then --resume"
+                ) from None
+        for env in range(self.num_envs):
+            step = self.steps[row, env]
+            values = (image[env], action[env], reward[env], is_first[env], is_terminal[env], is_last[env])
+            for name, value in zip(self.fields.names[:-1], values, strict=True):
+                step[name] = value
+            step["checksum"] = self.checksum(step, self.total)
+        if self.mirror is not None:
+            self.mirror[row].copy_(torch.from_numpy(np.ascontiguousarray(image)), non_blocking=True)
+        self.total += 1
+
+    @staticmethod
+    def checksum(step: np.void, index: int) -> int:
+        """Of a stream's row number `index`, so that a row which took another's place is known for what it is."""
+        return zlib.crc32(step.tobytes()[:-4], index)
+
+    def close_streams(self) -> None:
+        """Ends the streams' open episodes with a truncation: the rows to come belong to new ones."""
+        if self.total:
+            for step in self.steps[(self.total - 1) % self.rows]:
+                step["is_last"] = True
+                step["checksum"] = self.checksum(step, self.total - 1)
+
+    def restore(self, total: int) -> None:
+        """Goes back to the first `total` rows. Raises `UserError` if a row is not what was written."""
+        self.total = total
+        for index in range(max(0, total - self.capacity), total):
+            for env, step in enumerate(self.steps[index % self.rows]):
+                if step["checksum"] != self.checksum(step, index):
+                    raise UserError(f"{self.path} is corrupt: wrong checksum in row {index} of environment {env}")
+        if self.mirror is not None:
+            for row in range(0, min(total, self.rows), self.GROWTH):
+                images = np.ascontiguousarray(self.steps["image"][row : row + self.GROWTH])
+                self.mirror[row : row + self.GROWTH].copy_(torch.from_numpy(images))
+
+    def __len__(self) -> int:
+        """Rows each stream offers."""
+        return min(self.total, self.capacity)
+
+    def sample(self, rng: np.random.Generator, batch_size: int, length: int) -> Batch:
+        """Sequences of consecutive steps; they may cross episodes, never the place where the stream is written."""
+        env = rng.integers(self.num_envs, size=batch_size)  # (B,)
+        start = draw_starts(self, rng, env, length)
+        rows = (start + np.arange(length)[:, None]) % self.rows  # (T, B)
+        fields = {name: torch.from_numpy(self.steps[name][rows, env]) for name in Batch._fields[1:]}
+        fields["is_first"][0] = True  # the state starts at zero, as in the official code
+        if self.mirror is None:
+            fields["image"] = torch.from_numpy(self.steps["image"][rows, env])
+            if self.device.type == "cuda":
+                fields = {name: value.pin_memory() for name, value in fields.items()}
+        else:
+            place = torch.from_numpy(rows * self.num_envs + env).pin_memory().to(self.device, non_blocking=True)
+            fields["image"] = self.mirror.flatten(0, 1)[place]
+        return Batch(**{name: value.to(self.device, non_blocking=True) for name, value in fields.items()})
+
+
+# LOSSES
+
+
+def world_model_loss(model: "WorldModel", batch: Batch, args: Args) -> tuple[Tensor, State, dict[str, Tensor]]:
+    """Equation 2: predict images, rewards and discounts, keep prior and posterior near. Returns posterior states too.
+
+    x_t  a_t  r_t      the state s_t has seen x_0 ... x_t and the actions a_0 ... a_t that led there;
+      \\   |   ^        it predicts the image x_t and the reward r_t received on arriving at x_t
+       --> s_t -->
+    """
+    T, B = batch.reward.shape
+    image = pixels_to_float(batch.image.flatten(0, 1))  # (T*B, C, 64, 64)
+    embed = model.encoder(image).unflatten(0, (T, B))  # (T, B, embed)
+    post, prior = observe(model.rssm, embed, batch.action, batch.is_first)
+    feat = post.feat  # (T, B, feat)
+    losses = {
+        "image": image_nll(model.decoder(feat.flatten(0, 1)).float(), image),
+        "reward": model.reward.nll(
+            feat, torch.tanh(batch.reward)
+        ).mean(),  # games' scores differ by orders of magnitude
+    }
+    if model.discount is not None:
+        target = args.discount * (1 - batch.is_terminal.float())  # a soft label: the head's mean already holds gamma
+        logit = model.discount(feat).float().squeeze(-1)
+        losses["discount"] = args.discount_scale * F.binary_cross_entropy_with_logits(logit, target)
+    loss_kl, kl = kl_loss(post.logit, prior, args.kl_alpha, args.free_nats)
+    loss = sum(losses.values()) + args.kl_loss_coeff * loss_kl
+    metrics = {f"losses/{name}": value for name, value in losses.items()} | {
+        "losses/kl": kl,
+        "losses/model": loss,
+        "latents/prior_entropy": entropy_categorical(prior).mean(),
+        "latents/post_entropy": entropy_categorical(post.logit).mean(),
+    }
+    return loss, post, metrics
+
+
+def imagine(rssm: RSSM, actor: nn.Module, start: State, horizon: int) -> tuple[Tensor, Tensor]:
+    """Follows the actor from N start states with the prior (section 2.2). Returns feat and action, (H+1, N, ...).
+
+    feat      s_0      s_1      s_2  ...  s_H        s_0: a posterior state of the batch
+    action     0  -a_1->    -a_2->   ...             a_t led to s_t: the actor drew it at s_{t-1}
+    """
+    state, feats = start, [start.feat]
+    actions = [start.deter.new_zeros(len(start.deter), rssm.action_size)]
+    for _ in range(horizon):
+        action = actor(feats[-1].detach()).sample()  # the actor's input takes no gradient
+        state = rssm.imagine_step(state, action)
+        feats.append(state.feat)
+        actions.append(action)
+    return torch.stack(feats), torch.stack(actions)
+
+
+def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Tensor, td_lambda: float) -> Tensor:
+    """Equation 4: G_t = r_t + discount_t * [(1 - lambda) V_{t+1} + lambda G_{t+1}], G_T = bootstrap. All (T, ...)."""
+    next_value = torch.cat([value[1:], bootstrap[None]])
+    inputs = reward + discount * next_value * (1 - td_lambda)
+    returns, last = [], bootstrap
+    for t in reversed(range(len(reward))):
+        last = inputs[t] + discount[t] * td_lambda * last
+        returns.append(last)
+    return torch.stack(returns[::-1])
+
+
+def actor_loss(actor: nn.Module, feat: Tensor, action: Tensor, target: Tensor, baseline: Tensor, weight, args: Args):
+    """Equation 6, over the states whose action an imagined target follows.
+
+    feat      s_0   s_1   s_2  ...  s_{H-2}   s_{H-1}   s_H      (H+1, N, feat)
+    action     0    a_1   a_2  ...            a_{H-1}   a_H      (H+1, N, action)
+    target   (G_0)  G_1   G_2  ...            G_{H-1}            (H, N): the action a_t drawn at s_{t-1} earns G_t
+    baseline v_0    v_1   v_2  ...  v_{H-2}                      (H-1, N): of the state where a_t was drawn
+    weight   w_0    w_1   w_2  ...  w_{H-2}                      (H-1, N)
+    """
+    policy = actor(feat[:-2].detach())
+    entropy, objective = policy.entropy(), target[1:]
+    if args.actor_grad == "reinforce":
+        objective = policy.log_prob(action[1:-1].detach()) * (target[1:] - baseline).detach()
+    elif args.actor_grad == "both":  # here the official code lets gradients through the action
+        objective = policy.log_prob(action[1:-1]) * (target[1:] - baseline).detach()
+        objective = args.actor_grad_mix * target[1:] + (1 - args.actor_grad_mix) * objective
+    objective = objective + args.actor_entropy * entropy
+    return -(weight * objective).mean(), entropy.mean()
+
+
+def action_metrics(action: Tensor) -> dict[str, Tensor]:
+    """Signs of a collapsed policy: the share of imagined actions (..., action) that are the most common one."""
+    return {"actor/most_common": action.flatten(0, -2).mean(0).max()}
+
+
+def value_loss(value: nn.Module, feat: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Equation 5: regress v(s_t) on the stopped target G_t. feat (H, N, feat); target and weight (H, N)."""
+    return (weight * normal_nll(value(feat.detach()).float().squeeze(-1), target.detach())).mean()
+
+
+# AGENT
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward head and, with `pred_discount`, discount head."""
+
+    def __init__(self, args: Args, channels: int, action_size: int):
+        super().__init__()
+        feat_size = args.stoch_size * args.num_classes + args.deter_size
+        self.encoder = Encoder(args, channels)
+        self.rssm = RSSM(args, args.deter_size, action_size, self.encoder.embed_size)
+        self.decoder = Decoder(args, feat_size, channels)
+        self.reward = RewardHead(args, feat_size)
+        self.discount = MLP(args, feat_size, args.discount_layers, 1) if args.pred_discount else None
+
+
+class Dreamer(nn.Module):
+    """World model, actor and critic.
+
+    agent = Dreamer.from_pretrained("runs/<run>")
+    state = agent.initial_state(num_envs)
+    action, state = agent.policy(image, state, is_first)
+    """
+
+    def __init__(self, args: Args, channels: int, action_size: int):
+        super().__init__()
+        self.args, self.channels, self.action_size = args, channels, action_size
+        feat_size = args.stoch_size * args.num_classes + args.deter_size
+        self.world_model = WorldModel(args, channels, action_size)
+        self.actor = Actor(args, feat_size, action_size)
+        self.value = MLP(args, feat_size, args.value_layers, 1)
+        init_weights(self)
+        self.slow_value = copy.deepcopy(self.value).requires_grad_(False)
+
+    @classmethod
+    def from_config(cls, config: str | Path | Args) -> "Dreamer":
+        """A fresh agent for `Args` or a YAML file of flags; asks the environment for its sizes."""
+        args = check_args(config if isinstance(config, Args) else load_config(Path(config)))
+        (channels, _, _), action_size = probe_env(args)
+        return cls(args, channels, action_size)
+
+    @classmethod
+    def from_pretrained(cls, run_dir: str | Path, device: str | torch.device = "cpu") -> "Dreamer":
+        """The agent of a run folder's last checkpoint."""
+        checkpoint = load_checkpoint(Path(run_dir))
+        agent = cls(load_config(Path(run_dir) / "config.yaml"), checkpoint["channels"], checkpoint["action_size"])
+        agent.load(checkpoint)
+        return agent.to(device)
+
+    def load(self, checkpoint: dict) -> None:
+        try:
+            self.load_state_dict(checkpoint["agent"])
+        except RuntimeError as error:
+            raise UserError(f"the checkpoint has other sizes than the flags: {str(error).split(': ')[1]}") from None
+
+    def parameter_count(self) -> int:
+        """Number of trained values."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    def summary(self) -> str:
+        """A line for each part: name and number of trained values."""
+        parts = dict(self.world_model.named_children()) | {"actor": self.actor, "value": self.value}
+        rows = [(name, sum(p.numel() for p in part.parameters())) for name, part in parts.items() if part is not None]
+        return "\n".join(f"{name:<10}{count:>12,}" for name, count in [*rows, ("total", self.parameter_count())])
+
+    def initial_state(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the policy carries from step to step: stoch, deter and the last action, all zeros."""
+        state = self.world_model.rssm.initial(batch_size)
+        return state.stoch, state.deter, state.deter.new_zeros(batch_size, self.action_size)
+
+    @torch.no_grad()
+    def policy(self, image, state, is_first, noise: float = 0.0, mode: bool = False):
+        """One-hot actions (N, action) for images (N, C, 64, 64) uint8, and the next state.
+
+        `noise`: probability of a random action instead; `mode`: the actor's mode instead of a draw.
+        """
+        rssm = self.world_model.rssm
+        device = rssm.input.weight.device
+        with autocast(self.args, device):
+            image = pixels_to_float(torch.as_tensor(image, device=device))
+            projected = rssm.project_embed(self.world_model.encoder(image))
+            latent = rssm.observe_step(*state, projected, torch.as_tensor(is_first, device=device))
+            actor = self.actor(latent.feat)
+        action = actor.mode() if mode else actor.sample()
+        if noise:
+            is_random = torch.rand(len(action), 1, device=device) < noise
+            action = torch.where(is_random, sample_onehot(torch.zeros_like(action)), action)
+        return action, (latent.stoch, latent.deter, action)
+
+
+def autocast(args: Args, device: torch.device) -> torch.autocast:
+    """The networks' precision; losses, KL, latents and optimizer state are float32 in either."""
+    bfloat16 = args.precision == "bfloat16" or (args.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+
+
+@contextlib.contextmanager
+def frozen(*modules: nn.Module):
+    """Gradients pass through these modules, none are computed for their weights."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+class Learner:
+    """An agent with its three optimizers. Calling it with a batch does one update of everything and returns metrics.
+
+    Shapes are static and nothing waits for the device, so on CUDA the whole update is one graph.
+    """
+
+    def __init__(self, agent: Dreamer, args: Args, device: torch.device):
+        self.agent, self.args, self.device, cuda = agent, args, device, device.type == "cuda"
+        # AdamW shrinks weights by learning_rate * decay; in the official factor there is no learning rate.
+        self.optimizers = {
+            name: torch.optim.AdamW(
+                module.parameters(),
+                learning_rate,
+                eps=args.adam_eps,
+                weight_decay=args.weight_decay / learning_rate,
+                fused=True,
+                capturable=cuda,
+            )
+            for name, module, learning_rate in (
+                ("model", agent.world_model, args.model_learning_rate),
+                ("actor", agent.actor, args.actor_learning_rate),
+                ("value", agent.value, args.value_learning_rate),
+            )
+        }
+        # Steps skipped for a non-finite loss or gradient: in a row, and in all.
+        self.skipped = {name: torch.zeros(2, device=device) for name in self.optimizers}
+        self.updates, self.warmup, self.graph = 0, 3, None
+        if cuda and args.compile:
+            rssm = agent.world_model.rssm
+            for name in ("observe_step", "imagine_step"):
+                setattr(rssm, name, torch.compile(getattr(rssm, name), dynamic=False))
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        graph = self.device.type == "cuda" and self.args.cuda_graph
+        metrics = self.replay_graph(batch) if graph else self.update(batch)
+        if self.updates % self.args.slow_target_update == 0:
+            self.agent.slow_value.load_state_dict(self.agent.value.state_dict())
+        self.updates += 1
+        return metrics
+
+    def replay_graph(self, batch: Batch) -> dict[str, Tensor]:
+        """`update` as one CUDA graph."""
+        if self.graph is None:
+            if self.warmup:  # compilation and the optimizers' first steps must come before the capture
+                self.warmup -= 1
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    metrics = self.update(batch)
+                torch.cuda.current_stream().wait_stream(stream)
+                return metrics
+            self.static, self.graph = Batch(*(field.clone() for field in batch)), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.metrics = self.update(self.static)
+        for static, field in zip(self.static, batch, strict=True):
+            static.copy_(field, non_blocking=True)
+        self.graph.replay()
+        return self.metrics
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """Algorithm 1, the learning part."""
+        agent, model, args = self.agent, self.agent.world_model, self.args
+
+        # DYNAMICS LEARNING
+        with autocast(args, self.device):
+            loss, post, metrics = world_model_loss(model, batch, args)
+        metrics |= self.step("model", loss)
+
+        # BEHAVIOUR LEARNING: imagine from every posterior state, through weights that stay as they are
+        #
+        #   index       0         1         2     ...    H          0: a posterior state of the batch
+        #   reward      r_0       r_1       r_2          r_H        on arriving at the state
+        #   discount    d_0       d_1       d_2          d_H        d_0 is the true one: 0 if the episode is over there
+        #   weight      1         d_0       d_0 d_1                 that the imagined episode got this far
+        with frozen(model), autocast(args, self.device):
+            start = State(*(field.detach().flatten(0, 1) for field in post))  # (N, ...)
+            with torch.set_grad_enabled(args.actor_grad != "reinforce"):
+                feat, action = imagine(model.rssm, agent.actor, start, args.imagine_horizon)
+                reward = model.reward.mean(feat)  # (H+1, N)
+                value = agent.slow_value(feat).float().squeeze(-1)  # targets and baseline, as in the official code
+                discount = torch.full_like(reward, args.discount)
+                if model.discount is not None:
+                    true_discount = args.discount * (1 - batch.is_terminal.flatten().float())
+                    discount = model.discount(feat).float().squeeze(-1).sigmoid()
+                    discount = torch.cat([true_discount[None], discount[1:]])
+                target = lambda_return(reward[:-1], value[:-1], discount[:-1], value[-1], args.td_lambda)  # (H, N)
+            weight = torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0).detach()  # (H+1, N)
+            loss, entropy = actor_loss(agent.actor, feat, action, target, value[:-2], weight[:-2], args)
+        metrics |= (
+            {"losses/actor": loss, "actor/entropy": entropy} | action_metrics(action[1:]) | self.step("actor", loss)
+        )
+        with autocast(args, self.device):
+            loss = value_loss(agent.value, feat[:-1], target, weight[:-1])
+        metrics |= {"losses/value": loss, "imagined/return": target.mean()} | self.step("value", loss)
+        return {name: metric.detach() for name, metric in metrics.items()}
+
+    def step(self, name: str, loss: Tensor) -> dict[str, Tensor]:
+        """One step at clipped gradient; a non-finite loss or gradient skips it without waiting for the device."""
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = optimizer.param_groups[0]["params"]
+        norm = nn.utils.clip_grad_norm_(parameters, self.args.grad_clip)
+        bad = (~(norm.isfinite() & loss.isfinite())).float()
+        optimizer.grad_scale, optimizer.found_inf = None, bad  # the fused Adam leaves everything as it was if found_inf
+        optimizer.step()
+        row, total = self.skipped[name]
+        self.skipped[name].copy_(torch.stack([(row + bad) * bad, total + bad]))
+        return {f"grad_norm/{name}": norm, f"skipped/{name}": self.skipped[name][1].clone()}
+
+    def check_finite(self, metrics: dict[str, Tensor]) -> None:
+        """Raises `UserError` after 10 skipped steps in a row. Waits for the device."""
+        if any(row >= 10 for row, _ in self.skipped.values()):
+            terms = ", ".join(name for name, metric in metrics.items() if not metric.isfinite())
+            raise UserError(
+                f"10 updates in a row were not finite ({terms or 'gradient'}): lower the learning rate or look at the "
+                "rewards; the last checkpoint is from before"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "skipped": self.skipped,
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+        for name, optimizer in self.optimizers.items():
+            flags = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+            optimizer.load_state_dict(state["optimizers"][name])
+            optimizer.param_groups[0].update(flags)  # learning rates and the device may have changed since
+            self.skipped[name].copy_(state["skipped"][name])
+
+
+# CHECKPOINT, LOGGING, EVALUATION
+
+
+FORMAT = f"{Path(__file__).stem} 1"  # raised when checkpoints change so that old ones cannot be read
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Atomic: a temporary file, flushed to disk, renamed. Raises `OSError` and keeps the old one if it fails."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a write falls short
+        temporary.unlink(missing_ok=True)
+        raise OSError(str(error).splitlines()[0]) from None
+
+
+def load_checkpoint(run_dir: Path) -> dict[str, Any]:
+    """The run's last checkpoint, on the CPU. `UserError` if it is missing, damaged or not this script's."""
+    path = run_dir / "checkpoint.pt"
+    if not path.is_file():
+        raise UserError(f"{run_dir} has no checkpoint.pt: nothing was saved there yet")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load itself does not look at the checksums
+        if damaged:
+            raise UserError(f"{path} is corrupt: wrong checksum in {damaged}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere in the unpickler
+        raise UserError(f"cannot read the checkpoint {path}: {' '.join(str(error).split())[:120]}") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of {Path(__file__).name}")
+    return checkpoint
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Atomic, like `save_checkpoint`."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def gif(frames: np.ndarray, fps: int = 20) -> bytes:
+    """Encodes (T, H, W, 3) uint8 as a GIF."""
+    images = [Image.fromarray(frame) for frame in frames]
+    file = io.BytesIO()
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
+    return file.getvalue()
+
+
+class Logger:
+    """One line of metrics at a time to metrics.jsonl and TensorBoard (and, through it, to wandb)."""
+
+    def __init__(self, run_dir: Path, args: Args, step: int, offset: int):
+        self.path = run_dir / "metrics.jsonl"
+        with open(self.path, "ab") as file:
+            file.truncate(
+                min(offset, file.tell())
+            )  # what a killed run wrote after its checkpoint will be written again
+        if args.track:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                name=run_dir.name,
+                id=run_dir.name[-120:],
+                resume="allow",
+                sync_tensorboard=True,
+                config=vars(args),
+                dir=run_dir,
+            )
+        self.writer = SummaryWriter(run_dir, purge_step=step + 1 if step else None)
+        if step == 0:
+            table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        self.warned = set()
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        finite = {key: round(value, 6) if math.isfinite(value) else None for key, value in values.items()}
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step} | finite) + "\n")
+            for key, value in values.items():
+                self.writer.add_scalar(key, value, step)
+        except OSError as error:
+            self.warn("log", f"could not log: {error}")
+
+    def video(self, step: int, tag: str, frames: np.ndarray, path: Path | None = None) -> None:
+        """(T, H, W, 3) uint8, to TensorBoard and to the file `path` if there is one.
+
+        `add_video` writes nothing with current moviepy releases, a GIF summary does.
+        """
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        _, height, width, _ = frames.shape
+        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif(frames))
+        try:
+            self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
+            if path:
+                path.parent.mkdir(exist_ok=True)
+                write_file(path, picture.encoded_image_string)
+        except OSError as error:
+            self.warn("video", f"could not write a video: {error}")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk
+            self.writer.close()
+
+    def warn(self, topic: str, message: str) -> None:
+        """Tells each kind of trouble once."""
+        if topic not in self.warned:
+            self.warned.add(topic)
+            tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def diagnose(values: dict[str, float], image_errors: list[float], args: Args) -> dict[str, str]:
+    """The failures users report, by topic, in plain words; `image_errors` are the logged ones, constants left out."""
+    found = {}
+    before, lately = image_errors[-20:-10], image_errors[-10:]
+    flat = len(before) == 10 and min(lately) > 0.98 * min(before)
+    if flat and values["losses/kl"] < max(args.free_nats, 0.1):
+        found["collapse"] = (
+            f"the KL ({values['losses/kl']:.2f} nats) is under its free nats, the image loss is flat: if the open-loop"
+            " video lacks an object, the posterior ignores it: lower --free-nats and --kl-loss-coeff"
+        )
+    if values.get("actor/most_common", 0) > 0.99:
+        found["saturation"] = "the actor nearly always takes one action: raise --actor-entropy"
+    if any(value for name, value in values.items() if name.startswith("skipped/")):
+        found["skipped"] = "an update was not finite and was skipped: look at the rewards, lower the learning rates"
+    return found
+
+
+@torch.no_grad()
+def open_loop(agent: Dreamer, batch: Batch, context: int = 5) -> tuple[np.ndarray, float, float]:
+    """Observes `context` frames of up to six sequences, then imagines the rest with the actions that were taken.
+
+    Returns a video (T, 3 * 64, n * 64, 3) uint8 with rows truth, model and error, and the mean squared image error of
+    the imagined frames and of the same frames when they are observed.
+    """
+    batch = Batch(*(field[:, :6] for field in batch))
+    model, (T, n) = agent.world_model, batch.reward.shape
+    context = min(context, T - 1)
+    truth = batch.image.float() / 255  # (T, n, C, 64, 64)
+    with autocast(agent.args, truth.device):
+        embed = model.encoder(truth.flatten(0, 1) - 0.5).unflatten(0, (T, n))
+        post, _ = observe(model.rssm, embed, batch.action, batch.is_first)
+        feats, state = list(post.feat[:context]), State(*(field[context - 1] for field in post))
+        for t in range(context, T):
+            state = model.rssm.imagine_step(state, batch.action[t])
+            feats.append(state.feat)
+        both = torch.cat([torch.stack(feats), post.feat]).flatten(0, 1)
+        imagined, observed = (model.decoder(both).float() + 0.5).unflatten(0, (2, T, n)).clamp(0, 1)
+    rows = torch.cat([truth, imagined, (imagined - truth + 1) / 2], 3)  # (T, n, C, 192, 64)
+    video = (rows.permute(0, 3, 1, 4, 2).flatten(2, 3) * 255).byte().cpu().numpy()  # (T, 192, n * 64, C)
+    errors = ((frames - truth)[context:].square().mean().item() for frames in (imagined, observed))
+    return video.repeat(3 // video.shape[-1], -1), *errors
+
+
+def evaluate(agent: Dreamer, args: Args, episodes: int, seed: int, stop: list) -> tuple[list[float], np.ndarray]:
+    """Plays with the actor's mode. Returns the episodes' returns and the first one's frames (T, 64, 64, 3).
+
+    It ends early when something gets into the list `stop`.
+    """
+    envs = make_envs(dataclasses.replace(args, env_timeout=0), 1)
+    image, _ = envs.reset(seed=seed)
+    is_first, is_last, state = np.ones(1, bool), np.zeros(1, bool), agent.initial_state(1)
+    returns, total, frames = [], 0.0, [image[0]]
+    while len(returns) < episodes and not stop:
+        action, state = agent.policy(image, state, is_first, mode=True)
+        is_first = is_last  # the row after an episode's last is the next one's first
+        image, reward, _, is_last = step_envs(envs, action.cpu().numpy())
+        total += float(reward[0])
+        if not returns:
+            frames.append(image[0])
+        if is_last[0]:
+            returns.append(total)
+            total = 0.0
+    envs.close()
+    frames = np.stack(frames).transpose(0, 2, 3, 1)
+    return returns, frames.repeat(3 // frames.shape[-1], -1)
+
+
+# TRAINING
+
+
+@dataclasses.dataclass
+class Counters:
+    """Where a run stands. Everything but `updates_due` is in frames or counts from the run's start."""
+
+    frames: int = 0
+    episodes: int = 0
+    updates_due: int = 0
+    env_restarts: int = 0
+    next_train: int = 0
+    next_log: int = 0
+    next_eval: int = 0
+    next_save: int = 0
+
+
+def prefetch(replay: Replay, rng: np.random.Generator, args: Args, count: int):
+    """`count` batches; while one is used a thread gathers the next. The order of draws is that of a plain loop."""
+    with ThreadPoolExecutor(1) as pool:
+        future = None
+        for remaining in reversed(range(count)):
+            batch = future.result() if future else replay.sample(rng, args.batch_size, args.train_seq_len)
+            if remaining:
+                future = pool.submit(replay.sample, rng, args.batch_size, args.train_seq_len)
+            yield batch
+
+
+def open_run(args: Args) -> tuple[Path, dict | None]:
+    """The run folder: a new one, or the one to resume with its checkpoint."""
+    if args.resume:
+        run_dir = Path(args.resume)
+        checkpoint = load_checkpoint(run_dir)
+        if not (run_dir / "replay" / "steps.npy").is_file():
+            raise UserError(f"{run_dir} has lost its replay/steps.npy: nothing to resume from")
+        return run_dir, checkpoint
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path("runs") / re.sub(r"[^\w.=+-]+", "-", name).lstrip(".-")
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {run_dir}: {error.strerror}") from None
+    return run_dir, None
+
+
+def write_config(run_dir: Path, args: Args) -> None:
+    flags = {key: value for key, value in vars(args).items() if key not in ("config", "resume", "evaluate")}
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "gymnasium", "mujoco"))
+    try:
+        write_file(run_dir / "config.yaml", f"# {versions}\n{yaml.safe_dump(flags, sort_keys=False)}".encode())
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {run_dir}: {error.strerror}") from None
+
+
+def tune_cpu() -> None:
+    """Settings of the process that make large updates on the CPU twice as fast; results stay those of float32."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: freed memory is kept rather than mapped anew at each update (about 1 GB at full
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: size)
+    # oneDNN's products instead of MKL's, which are slow on AMD. "bf16" only permits less precision: without AMX oneDNN
+    # still computes in float32, so the setting is left alone where there is AMX.
+    with contextlib.suppress(AttributeError):  # an older torch
+        if not torch.cpu.get_capabilities().get("amx_bf16", True):
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None:
+    """The training loop: act, step, store, learn, log, evaluate, save. `stack` closes what it opens."""
+    # SETUP
+    rng = np.random.default_rng(args.seed)
+    image_shape, action_size = probe_env(args)
+    run_dir, checkpoint = open_run(args)
+    agent = Dreamer(args, image_shape[0], action_size).to(device)
+    learner = Learner(agent, args, device)
+    slack = args.checkpoint_interval // (args.action_repeat * args.num_envs) + 2
+    replay = Replay(run_dir / "replay", args.replay_capacity, slack, args.num_envs, image_shape, action_size, device)
+    counters = Counters(next_train=args.seed_steps, next_eval=args.eval_every, next_save=args.checkpoint_interval)
+    if checkpoint:
+        agent.load(checkpoint)
+        learner.load_state_dict(checkpoint["learner"])
+        replay.restore(checkpoint["replay_rows"])
+        counters = Counters(**checkpoint["counters"])
+        rng.bit_generator.state = checkpoint["numpy_rng"]
+        torch.set_rng_state(checkpoint["torch_rng"])
+        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+    write_config(run_dir, args)
+    if args.cuda and device.type == "cpu":
+        print("no CUDA device: training on the CPU", file=sys.stderr)
+    logger = Logger(run_dir, args, counters.frames, checkpoint["metrics_size"] if checkpoint else 0)
+    stack.callback(logger.close)
+
+    def save() -> None:
+        state = {
+            "format": FORMAT,
+            "channels": image_shape[0],
+            "action_size": action_size,
+            "agent": agent.state_dict(),
+            "learner": learner.state_dict(),
+            "counters": dataclasses.asdict(counters),
+            "replay_rows": replay.total,
+            "metrics_size": logger.path.stat().st_size if logger.path.exists() else 0,
+            "numpy_rng": rng.bit_generator.state,
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+        }
+        try:
+            replay.steps.flush()
+            save_checkpoint(run_dir / "checkpoint.pt", state)
+        except OSError as error:
+            logger.warn("save", f"could not save ({error}); the previous checkpoint stays, trying again later")
+
+    stop_signals = []
+
+    def stop(number, _):
+        signal.signal(number, signal.SIG_DFL)  # the second one stops at once
+        stop_signals.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)
+
+    # TRAINING LOOP
+    envs, is_first, is_last = None, np.ones(args.num_envs, bool), np.zeros(args.num_envs, bool)
+    state = agent.initial_state(args.num_envs)
+    episode_return, episode_frames = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
+    metrics, image_errors, faults, saved_rows = {}, [], 0, replay.total
+    start, start_frames, start_updates = time.time(), counters.frames, learner.updates
+    interval = 0.5 if sys.stderr.isatty() else 30
+    bar = tqdm(total=args.total_steps, initial=counters.frames, unit="frame", mininterval=interval)
+    stack.callback(bar.close)
+    stack.callback(lambda: envs and close_envs(envs))
+    while counters.frames < args.total_steps and not stop_signals:
+        try:
+            # RESET, at the start and after an environment broke: fresh episodes everywhere
+            if envs is None:
+                envs = make_envs(args, args.num_envs)
+                image, _ = envs.reset(seed=args.seed + counters.frames + faults)
+                is_first[:], is_last[:] = True, False
+                zeros = np.zeros((args.num_envs, action_size), np.float32)
+                replay.close_streams()
+                replay.add(image, zeros, zeros[:, 0], is_first, is_last, is_last)
+                episode_return[:], episode_frames[:] = 0, 0
+
+            # ACT
+            if counters.frames < args.seed_steps:
+                action = random_actions(rng, args.num_envs, action_size)
+            else:
+                action, state = agent.policy(image, state, is_first, noise=args.action_noise)
+                action = action.cpu().numpy()
+            image, reward, is_terminal, ended = step_envs(envs, action, args.env_timeout, args.terminal_on_life_loss)
+        except UserError:
+            raise
+        except Exception as error:  # whatever an environment raises, or a worker's death
+            faults += 1
+            cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            logger.warn(f"env {faults}", f"{args.env_id} failed ({cause}); it is started again")
+            counters.env_restarts += 1
+            if envs is not None:
+                close_envs(envs)
+            envs = None
+            if faults == 5:
+                save()
+                raise UserError(f"{args.env_id} failed 5 times in a row: {cause}") from None
+            continue
+
+        # STORE
+        if not np.isfinite(reward).all():
+            raise UserError(f"{args.env_id} gave the reward {reward[~np.isfinite(reward)][0]}: mend the environment")
+        is_first, is_last = is_last, ended  # the row after an episode's last is the next one's first
+        action[is_first] = 0
+        replay.add(image, action, reward, is_first, is_terminal, is_last)
+        stepped = args.action_repeat * int((~is_first).sum())
+        counters.frames += stepped
+        bar.update(stepped)
+        episode_return += reward
+        episode_frames += args.action_repeat * ~is_first
+        for env in np.flatnonzero(is_last):
+            values = {"charts/episodic_return": episode_return[env], "charts/episodic_length": episode_frames[env]}
+            logger.scalars(counters.frames, {name: float(value) for name, value in values.items()})
+            bar.set_postfix({"return": f"{episode_return[env]:.1f}"}, refresh=False)
+            episode_return[env], episode_frames[env], faults = 0, 0, 0
+            counters.episodes += 1
+
+        # LEARN
+        if counters.frames >= counters.next_train and len(replay) >= args.train_seq_len:
+            counters.updates_due += args.update_steps if learner.updates else args.pretrain
+            counters.next_train = max(counters.next_train, counters.frames - args.collect_steps) + args.collect_steps
+        for batch in prefetch(replay, rng, args, counters.updates_due):
+            metrics = learner(batch)
+            counters.updates_due -= 1
+            bar.update(0)
+            if stop_signals:
+                break
+
+        # LOG
+        done = counters.frames >= args.total_steps
+        if metrics and (counters.frames >= counters.next_log or done):
+            counters.next_log = counters.frames + args.scalar_freq
+            learner.check_finite(metrics)
+            seconds = time.time() - start
+            values = {name: metric.item() for name, metric in metrics.items()}
+            values["charts/SPS"] = (counters.frames - start_frames) / seconds
+            values["charts/updates_per_second"] = (learner.updates - start_updates) / seconds
+            values["charts/updates"] = learner.updates
+            values["charts/env_restarts"] = counters.env_restarts
+            image_errors.append(values["losses/image"] - 0.5 * math.log(2 * math.pi) * math.prod(image_shape))
+            for topic, message in diagnose(values, image_errors, args).items():
+                logger.warn(topic, message)
+            logger.scalars(counters.frames, values)
+
+        # EVALUATE
+        if args.eval_every and not stop_signals and (counters.frames >= counters.next_eval or done):
+            try:
+                returns, frames = evaluate(agent, args, args.eval_episodes, args.seed + counters.frames, stop_signals)
+            except Exception as error:  # whatever an environment raises
+                logger.warn("evaluation", f"the evaluation failed: {type(error).__name__}: {error}")
+                returns, frames = [], None
+            if stop_signals:  # the resumed run evaluates again
+                break
+            counters.next_eval = counters.frames - counters.frames % args.eval_every + args.eval_every
+            if returns:
+                logger.scalars(counters.frames, {"charts/eval_return": float(np.mean(returns))})
+                bar.write(f"frame {counters.frames}: evaluation return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
+            if returns and args.capture_video:
+                path = run_dir / "videos" / f"eval_{counters.frames}.gif"
+                logger.video(counters.frames, "evaluation", frames, path)
+            if len(replay) >= args.train_seq_len:
+                video, imagined, observed = open_loop(agent, replay.sample(rng, 6, args.train_seq_len))
+                logger.video(counters.frames, "open_loop", video)
+                logger.scalars(counters.frames, {"open_loop/imagined": imagined, "open_loop/observed": observed})
+                if imagined > 10 * observed:
+                    message = "imagined images drift away from the true ones, observed ones do not: train longer"
+                    logger.warn("drift", f"{message}, or raise --kl-loss-coeff so that the prior is learned")
+
+        # SAVE
+        if counters.frames >= counters.next_save or replay.total - saved_rows >= slack - 1 or done:
+            counters.next_save = counters.frames + args.checkpoint_interval
+            saved_rows = replay.total
+            save()
+
+    if stop_signals:
+        save()
+        print(f"\nstopped and saved at frame {counters.frames}; continue with --resume {run_dir}", file=sys.stderr)
+
+
+def main(args: Args) -> None:
+    """Trains, or with `--evaluate` plays. Raises `UserError` for bad input."""
+    tune_cpu()
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    if not args.evaluate:
+        with contextlib.ExitStack() as stack:
+            train(args, device, stack)
+        return
+    agent = Dreamer.from_pretrained(args.evaluate, device)
+    (channels, _, _), action_size = probe_env(args)
+    if (channels, action_size) != (agent.channels, agent.action_size):
+        raise UserError(f"the agent was trained on another environment: {args.env_id} has other images or actions")
+    returns, _ = evaluate(agent, args, args.eval_episodes, args.seed, stop=[])
+    print(f"{args.env_id}: return {np.mean(returns):.2f} +- {np.std(returns):.2f} over {len(returns)} episodes")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,151 @@
+"""Environments that misbehave, for the tests of what a script does about it.
+
+Importing this module registers each as `Name-v0` (two continuous actions) and `NameDiscrete-v0` (five discrete ones).
+Those called `...Once` misbehave once and leave the file FAULT_MARKER (an environment variable) behind, which tells
+the next process or instance that it has happened.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+
+from tests.pixel_envs import DotSteer
+
+
+class Faulty(DotSteer):
+    """Steers a dot; in the fourth step of an episode comes `fault`."""
+
+    def advance(self, *move):
+        reward, terminated = super().advance(*move)
+        return (reward if self.t != 4 else self.fault(reward)), terminated
+
+    def happens_now(self):
+        marker = Path(os.environ["FAULT_MARKER"])
+        if marker.exists():
+            return False
+        marker.touch()
+        return True
+
+
+class Raises(Faulty):
+    def fault(self, reward):
+        raise RuntimeError("the simulator fell over")
+
+
+class RaisesOnce(Faulty):
+    def fault(self, reward):
+        if self.happens_now():
+            raise RuntimeError("the simulator fell over")
+        return reward
+
+
+class DiesOnce(Faulty):
+    def fault(self, reward):
+        if self.happens_now():
+            os._exit(1)
+        return reward
+
+
+class HangsOnce(Faulty):
+    def fault(self, reward):
+        if self.happens_now():
+            time.sleep(100)
+        return reward
+
+
+class ResetRaisesOnce(Faulty):
+    """Raises in the reset after the first episode, so in the middle of the run."""
+
+    episodes = 0
+
+    def fault(self, reward):
+        return reward
+
+    def reset(self, **kwargs):
+        self.episodes += 1
+        if self.episodes == 3 and self.happens_now():
+            raise RuntimeError("the simulator fell over")
+        return super().reset(**kwargs)
+
+
+class NanReward(Faulty):
+    def fault(self, reward):
+        return float("nan")
+
+
+class Slow(DotSteer):
+    """A hundredth of a second a step, and no time limit."""
+
+    def advance(self, *move):
+        time.sleep(0.01)
+        return super().advance(*move)
+
+
+class Unbounded(DotSteer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.action_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+
+
+class TwoDimensional(DotSteer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.action_space = gym.spaces.Box(-1, 1, (2, 2))
+
+
+class TextActions(DotSteer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.action_space = gym.spaces.Text(3)
+
+
+class NoPicture(DotSteer):
+    metadata = {"render_modes": []}
+
+    def render(self):
+        return None
+
+
+class FloatPicture(DotSteer):
+    def render(self):
+        return super().render() / 255
+
+
+class CannotBeMade(DotSteer):
+    def __init__(self, **kwargs):
+        raise OSError("libsimulator.so: cannot open shared object file\nin two lines")
+
+
+class CannotBeReset(DotSteer):
+    def reset(self, **kwargs):
+        raise ValueError("no such level")
+
+
+class Gauge(DotSteer):
+    """Actions between -3 and 5; notes what it was given and how often it was drawn. Ends after five steps."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if not self.discrete:
+            self.action_space = gym.spaces.Box(np.float32(-3), np.float32(5), (2,))
+        self.actions, self.drawn = [], 0
+
+    def step(self, action):
+        self.t += 1
+        self.actions.append(np.array(action).tolist())
+        return np.array(self.state(), np.float32), 10.0**self.t, self.t == 5, False, {}
+
+    def render(self):
+        self.drawn += 1
+        return super().render()
+
+
+for cls in (*Faulty.__subclasses__(), *(cls for cls in DotSteer.__subclasses__() if cls is not Faulty)):
+    for suffix, discrete in (("", False), ("Discrete", True)):
+        env_id = f"{cls.__name__}{suffix}-v0"
+        if cls.__module__ == __name__ and env_id not in gym.registry:
+            limit = None if cls in (Slow, Gauge) else 25
+            gym.register(env_id, f"{__name__}:{cls.__name__}", max_episode_steps=limit, kwargs={"discrete": discrete})

@@ -1,0 +1,104 @@
+"""Reads the golden vectors: Keras' weight layouts to PyTorch's, recorded draws, comparisons with their tolerances."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def load(name: str) -> dict:
+    """The arrays of golden/<name>.npz as tensors, its texts as str or lists of them."""
+    with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+    return {key: a.tolist() if a.dtype.kind == "U" else torch.from_numpy(a) for key, a in arrays.items()}
+
+
+# LAYOUTS: Keras arrays of a layer -> the parameters of its PyTorch module; for gradients as for weights.
+
+
+def dense(arrays: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
+    """Dense (in, out) -> nn.Linear."""
+    return {"weight": arrays[f"{layer}/kernel"].T, "bias": arrays[f"{layer}/bias"]}
+
+
+def conv(arrays: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
+    """Conv2D (kh, kw, in, out) -> nn.Conv2d, and Conv2DTranspose (kh, kw, out, in) -> nn.ConvTranspose2d."""
+    return {"weight": arrays[f"{layer}/kernel"].permute(3, 2, 0, 1), "bias": arrays[f"{layer}/bias"]}
+
+
+def layer_norm(arrays: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
+    """LayerNormalization -> nn.LayerNorm."""
+    return {"weight": arrays[f"{layer}/gamma"], "bias": arrays[f"{layer}/beta"]}
+
+
+def gru(arrays: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
+    """GRUCell with reset_after, columns z, r, h -> nn.GRUCell, rows r, z, n."""
+
+    def reorder(columns: Tensor) -> Tensor:
+        update, reset, candidate = columns.chunk(3, -1)
+        return torch.cat([reset, update, candidate], -1)
+
+    return {
+        "weight_ih": reorder(arrays[f"{layer}/kernel"]).T,
+        "weight_hh": reorder(arrays[f"{layer}/recurrent_kernel"]).T,
+        "bias_ih": reorder(arrays[f"{layer}/bias"][0]),
+        "bias_hh": reorder(arrays[f"{layer}/bias"][1]),
+    }
+
+
+def parameters(arrays: dict[str, Tensor], prefix: str, layers: dict[str, tuple]) -> dict[str, Tensor]:
+    """PyTorch parameters by name. `layers`: name of the PyTorch module -> (layout, Keras layer below `prefix`)."""
+    return {
+        f"{module}.{name}" if module else name: value
+        for module, (layout, layer) in layers.items()
+        for name, value in layout(arrays, f"{prefix}/{layer}").items()
+    }
+
+
+# DRAWS
+
+
+class Draws:
+    """Stands in for a script's `sample_normal` and gives recorded noise, one tensor a call, then zeros.
+
+    A draw of another shape than the recorded one is an error; `used_up` says whether all were asked for.
+    """
+
+    def __init__(self, *noises: Tensor):
+        self.noises = list(noises)
+
+    def __call__(self, mean: Tensor, std: Tensor) -> Tensor:
+        noise = self.noises.pop(0) if self.noises else torch.zeros_like(mean)
+        assert noise.shape == mean.shape, f"recorded noise {tuple(noise.shape)} for a draw {tuple(mean.shape)}"
+        return mean + std * noise
+
+    @property
+    def used_up(self) -> bool:
+        return not self.noises
+
+
+# COMPARISONS
+
+
+def check(actual: Tensor, expected: Tensor, name: str = "", tolerance: float = 1e-5) -> None:
+    """Values agree to `tolerance` * max(1, largest expected)."""
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    error = ((actual.detach() - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+    assert error <= tolerance, f"{name}: relative error {error:.1e}"
+
+
+def check_gradient(actual: Tensor | None, expected: Tensor, name: str = "", tolerance: float = 5e-5) -> None:
+    """Gradients agree to `tolerance` * largest expected entry. None stands for zeros; zeros must be zeros."""
+    actual = torch.zeros_like(expected) if actual is None else actual
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    error, scale = (actual - expected).abs().max().item(), expected.abs().max().item()
+    assert error <= tolerance * scale, f"{name}: gradient off by {error:.1e}, the largest entry is {scale:.1e}"
+
+
+def check_gradients(module: nn.Module, gradients, expected: dict[str, Tensor], tolerance: float = 5e-5) -> None:
+    """The gradients of every parameter of `module`, in its order, against PyTorch-named expected ones."""
+    names = [name for name, _ in module.named_parameters()]
+    assert set(names) == set(expected)
+    for name, gradient in zip(names, gradients, strict=True):
+        check_gradient(gradient, expected[name], name, tolerance)

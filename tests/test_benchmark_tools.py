@@ -1,0 +1,704 @@
+"""The promises of benchmark/run.py, plot.py and gate.py, kept with a fake training script (no torch)."""
+
+import csv
+import fcntl
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+BENCHMARK = Path(__file__).resolve().parents[1] / "benchmark"
+sys.path.insert(0, str(BENCHMARK))
+
+import plot  # noqa: E402
+
+# Writes what a training script writes, 100 frames a line, and leaves one word in starts.txt for each start.
+FAKE = """
+import argparse, json, os, sys, time
+import yaml
+
+parser = argparse.ArgumentParser()
+for name in ("--env-id", "--exp-name", "--config", "--resume"):
+    parser.add_argument(name)
+parser.add_argument("--seed", type=int)
+parser.add_argument("--total-steps", type=int, default=1000)
+parser.add_argument("--sleep", type=float, default=0.01)
+parser.add_argument("--fail-seed", type=int)
+flags = parser.parse_args()
+recipe = yaml.safe_load(open(flags.config)) if flags.config else {}
+if flags.resume:
+    folder = flags.resume
+    args = yaml.safe_load(open(f"{folder}/config.yaml"))
+    step = int(open(f"{folder}/checkpoint.pt").read())
+else:
+    folder = f"runs/{flags.env_id.replace('/', '-')}__{flags.exp_name}__{flags.seed}__{time.time_ns()}"
+    args = {"env_id": flags.env_id, "exp_name": flags.exp_name, "seed": flags.seed, "total_steps": flags.total_steps}
+    args |= {"sleep": flags.sleep, "fail_seed": flags.fail_seed, "num_classes": 32} | recipe
+    os.makedirs(folder)
+    open(f"{folder}/config.yaml", "w").write(yaml.safe_dump(args))
+    step = 0
+with open("starts.txt", "a") as file:
+    file.write(f"{args['env_id']}:{args['seed']}:{'resume' if flags.resume else 'new'}:{step}\\n")
+try:
+    while step < args["total_steps"]:
+        time.sleep(args["sleep"])
+        step += 100
+        if step == 300 and args["seed"] == args["fail_seed"]:
+            raise ValueError("the loss is not finite")
+        line = {"step": step, "charts/episodic_return": step / 10 + args["seed"]}
+        open(f"{folder}/metrics.jsonl", "a").write(json.dumps(line) + "\\n")
+        if step % 500 == 0:
+            open(f"{folder}/checkpoint.pt", "w").write(str(step))
+except KeyboardInterrupt:
+    open(f"{folder}/checkpoint.pt", "w").write(str(step))
+    print("saved", step)
+"""
+
+# sbatch, srun, sacct and scontrol of a cluster with one node: an array's tasks start at once, a requeued one again.
+SLURM = """
+import os, re, subprocess, sys
+here, name, words = os.path.dirname(os.path.abspath(sys.argv[0])), os.path.basename(sys.argv[0]), sys.argv[1:]
+
+def start(task):
+    env = {**os.environ, "SLURM_JOB_ID": f"77{task}", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": str(task)}
+    env |= {"SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_PROCID": "0"}
+    env |= {"SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "here"}
+    out = open(f"{here}/task_{task}.txt", "a")
+    subprocess.Popen(["bash", f"{here}/job.sh"], env=env, stdout=out, stderr=out, start_new_session=True)
+
+if name == "sbatch":
+    text = open(words[-1]).read()
+    open(f"{here}/job.sh", "w").write(text)
+    for task in range(int(re.search(r"--array=0-(\\d+)%", text)[1]) + 1):
+        start(task)
+    print("Submitted batch job 77")
+elif name == "srun":
+    command = words[words.index("--error") + 2 :]
+    open(f"{here}/pid_{os.environ['SLURM_ARRAY_TASK_ID']}", "w").write(str(os.getpid()))
+    os.execvp(command[0], command)
+elif name == "scontrol":
+    start(words[-1].split("_")[1])
+elif name == "sacct":
+    print("JobID|State|NodeList")
+"""
+
+
+def call(tool, *words, cwd=None, env=None, timeout=50):
+    command = [sys.executable, str(BENCHMARK / tool), *map(str, words)]
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def one_line_error(result, *words):
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "fake_script.py"
+    path.write_text(FAKE)
+    return path
+
+
+def starts(out):
+    path = Path(out, "starts.txt")
+    return sorted(path.read_text().split()) if path.exists() else []
+
+
+def make_run(root, env_id, seed, points, exp_name="dreamer_v2_atari", total=1000, lines=(), **config):
+    """A run folder with the given [(step, return)] as training returns, then `lines` as they are."""
+    folder = Path(root, "runs", f"{env_id.replace('/', '-')}__{exp_name}__{seed}__1700000000")
+    folder.mkdir(parents=True)
+    config = {"env_id": env_id, "exp_name": exp_name, "seed": seed, "total_steps": total, "num_classes": 32, **config}
+    (folder / "config.yaml").write_text("# torch 2\n" + yaml.safe_dump(config))
+    lines = [*(json.dumps({"step": step, "charts/episodic_return": value}) for step, value in points), *lines]
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (folder / "checkpoint.pt").write_text(str(points[-1][0] // 500 * 500 if points else 0))
+    return folder
+
+
+def write_csv(path, rows):
+    """rows of (version, task, script, seed, step, return, kind)"""
+    path.write_text("# a comment\n" + "\n".join(",".join(map(str, row)) for row in [plot.COLUMNS, *rows]) + "\n")
+    return path
+
+
+def last_step(folder):
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+
+
+# RUN
+
+
+def test_run_skips_what_is_done_resumes_what_was_cut_off_and_survives_a_failure(tmp_path, script):
+    out = tmp_path / "out"
+    make_run(out, "Done-v0", 1, [(500, 1.0), (1000, 2.0)], exp_name="fake_script")
+    cut = make_run(out, "dmc/walker-walk", 1, [(500, 1.0), (700, 2.0)], exp_name="fake_script", sleep=0, fail_seed=None)
+    make_run(out, "dmc/walker-walk", 1, [(900, 9.0)], exp_name="something_else")
+    words = ["--script", script, "--env-ids", "Done-v0", "dmc/walker-walk", "--seeds", 1, 2, "--out", out]
+    words += ["--workers", 2, "--refresh", 0.2, "--", "--fail-seed", "2", "--total-steps", "1000"]
+    result = call("run.py", *words)
+    assert result.returncode == 1
+    assert starts(out) == ["Done-v0:2:new:0", "dmc/walker-walk:1:resume:500", "dmc/walker-walk:2:new:0"]
+    assert last_step(cut) == 1000
+    failed = result.stderr.strip().splitlines()
+    assert len(failed) == 2 and all("exit code 1: ValueError: the loss is not finite" in line for line in failed)
+    log = out / "logs" / "Done-v0__fake_script__2.log"
+    assert str(log) in failed[0] and "Traceback" in log.read_text()
+    table = result.stdout.strip().split("\n\n")[-1].splitlines()
+    assert "0 queued, 0 running, 2 done, 2 failed" in table[0]
+    cells = {tuple(line.split()[:2]): line.split()[3:] for line in table[2:]}
+    assert cells["Done-v0", "1"] == ["done", "1,000", "/", "1,000", "2.0"]
+    assert cells["dmc/walker-walk", "1"] == ["done", "1,000", "/", "1,000", "101.0"]
+    assert cells["dmc/walker-walk", "2"] == ["failed", "200", "/", "1,000", "22.0"]
+
+
+def test_run_has_nothing_to_do_the_second_time(tmp_path, script):
+    words = ["--script", script, "--env-ids", "A-v0", "--seeds", 1, 2, "--out", tmp_path, "--refresh", 0.2]
+    assert call("run.py", *words).returncode == 0
+    assert len(starts(tmp_path)) == 2
+    assert call("run.py", *words).returncode == 0
+    assert len(starts(tmp_path)) == 2
+
+
+def test_run_gives_the_recipe_and_the_flags_to_the_script(tmp_path, script):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("deter_size: 7\ntotal_steps: 2e2\n")
+    words = ["--script", script, "--env-ids", "A-v0", "--config", recipe, "--exp-name", "small", "--out", tmp_path]
+    assert call("run.py", *words, "--refresh", 0.2, "--", "--sleep", "0", cwd=tmp_path).returncode != 2
+    config = yaml.safe_load(next((tmp_path / "runs").glob("*/config.yaml")).read_text())
+    assert config["deter_size"] == 7 and config["sleep"] == 0 and config["exp_name"] == "small" and config["seed"] == 1
+
+
+def test_run_never_starts_a_run_that_another_process_is_running(tmp_path, script):
+    log = tmp_path / "logs" / "A-v0__fake_script__1.log"
+    log.parent.mkdir()
+    with open(log, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        result = call("run.py", "--script", script, "--env-ids", "A-v0", "--out", tmp_path, "--refresh", 0.2)
+    assert result.returncode == 1 and "locked" in result.stderr
+    assert starts(tmp_path) == []
+
+
+def test_interrupted_run_lets_its_children_save_and_goes_on_later(tmp_path, script):
+    words = ["--script", script, "--env-ids", "A-v0", "--seeds", 1, 2, "--out", tmp_path, "--refresh", 0.2]
+    words = [*map(str, words), "--", "--sleep", "0.1", "--total-steps", "4000"]
+    tool = subprocess.Popen(
+        [sys.executable, str(BENCHMARK / "run.py"), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.time() + 20
+    while not list(tmp_path.glob("runs/*/metrics.jsonl")) and time.time() < deadline:
+        time.sleep(0.05)
+    tool.send_signal(signal.SIGTERM)
+    _, stderr = tool.communicate(timeout=20)
+    assert tool.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr
+    assert starts(tmp_path) == ["A-v0:1:new:0"]  # the queued one never began
+    saved = int(next(tmp_path.glob("runs/*/checkpoint.pt")).read_text())
+    assert 100 <= saved < 4000
+    assert call("run.py", *words).returncode == 0
+    assert starts(tmp_path) == ["A-v0:1:new:0", f"A-v0:1:resume:{saved}", "A-v0:2:new:0"]
+
+
+def test_run_that_ends_well_but_early_is_a_failure(tmp_path):
+    script = tmp_path / "lazy.py"
+    script.write_text("print('bye')")
+    result = call("run.py", "--script", script, "--env-ids", "A-v0", "--out", tmp_path, "--refresh", 0.2)
+    assert result.returncode == 1 and "exit code 0, but it is at 0 frames" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--env-ids", "A-v0"], "--script"),
+        (["--script", "none.py", "--env-ids", "A-v0"], "no such file: none.py"),
+        (["--script", "SCRIPT", "--env-ids", "A-v0", "--config", "none.yaml"], "no such file: none.yaml"),
+        (["--script", "SCRIPT", "--env-ids", "A-v0", "--config", "broken.yaml"], "no valid YAML"),
+        (["--script", "SCRIPT", "--env-ids", "A-v0", "--config", "list.yaml"], "mapping"),
+        (["--script", "SCRIPT", "--env-ids", "A-v0", "--seeds", "x"], "invalid int value"),
+        (["--script", "SCRIPT", "--env-ids", "A-v0", "--seeds", "1", "1"], "two runs would be called"),
+        (["--script", "SCRIPT", "--env-ids", "A-v0", "--workers", "0"], "must be positive"),
+        (["--script", "SCRIPT", "--env-ids", "A-v0", "--resources", "gpus"], "KEY=VALUE"),
+        (["--script", "SCRIPT", "--env-ids", "A-v0", "--", "--seed=3"], "--seed after --"),
+        (["--script", "SCRIPT", "--env-ids", "A-v0", "--", "--env_id", "B"], "--env-id after --"),
+        (["--script", "SCRIPT", "--env-ids", "Old-v0", "--", "--total-steps", "2000"], "has total_steps 1000"),
+        (["--script", "SCRIPT", "--env-ids", "A-v0", "--out", "list.yaml"], "--out"),
+    ],
+)
+def test_run_bad_input_is_one_line(tmp_path, script, words, message):
+    (tmp_path / "broken.yaml").write_text("a: [1,")
+    (tmp_path / "list.yaml").write_text("- 1")
+    make_run(tmp_path, "Old-v0", 1, [(1000, 1.0)], exp_name="fake_script")
+    words = [str(script) if word == "SCRIPT" else word for word in words]
+    one_line_error(call("run.py", *words, cwd=tmp_path), message)
+    assert starts(tmp_path) == []
+
+
+needs_submitit = pytest.mark.skipif(not importlib.util.find_spec("submitit"), reason="submitit is not installed")
+needs_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="ray is not installed")
+
+
+def check_engine(tmp_path, script, *words, env=None):
+    """The same list gives the same folders on every engine: one done, one resumed, one new, two failing."""
+    out = tmp_path / "out"
+    make_run(out, "A-v0", 1, [(1000, 1.0)], exp_name="fake_script")
+    make_run(out, "B-v0", 1, [(500, 1.0), (600, 2.0)], exp_name="fake_script", sleep=0, fail_seed=None)
+    words = ["--script", script, "--env-ids", "A-v0", "B-v0", "--seeds", 1, 2, "--out", out, *words]
+    words += ["--workers", 2, "--refresh", 1, "--", "--fail-seed", "2"]
+    result = call("run.py", *words, env=env)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert starts(out) == ["A-v0:2:new:0", "B-v0:1:resume:500", "B-v0:2:new:0"]
+    failed = [line for line in result.stderr.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 2 and all("the loss is not finite" in line for line in failed)
+    assert "2 done, 2 failed" in result.stdout
+    return result
+
+
+@needs_submitit
+def test_submitit_on_this_machine(tmp_path, script):
+    check_engine(tmp_path, script, "--launcher", "submitit-local", "--resources", "timeout_min=2")
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    for name in ("sbatch", "srun", "sacct", "scontrol"):
+        (folder / name).write_text(f"#!{sys.executable}\n" + SLURM)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@needs_submitit
+def test_slurm_job_array(tmp_path, script, slurm):
+    env = {"PATH": f"{slurm}:{os.environ['PATH']}"}
+    check_engine(
+        tmp_path, script, "--launcher", "slurm", "--resources", "slurm_partition=gpu", "gpus_per_node=1", env=env
+    )
+    job = (slurm / "job.sh").read_text()
+    for line in ("--array=0-2%2", "--partition=gpu", "--gpus-per-node=1", "--time=1440"):
+        assert line in job
+
+
+@needs_submitit
+def test_slurm_timeout_saves_requeues_and_resumes(tmp_path, script, slurm):
+    words = ["--script", script, "--env-ids", "A-v0", "B-v0", "--out", tmp_path, "--launcher", "slurm", "--refresh", 1]
+    words = [*map(str, words), "--workers", "2", "--", "--sleep", "0.2", "--total-steps", "4000"]
+    tool = subprocess.Popen(
+        [sys.executable, str(BENCHMARK / "run.py"), *words],
+        env={**os.environ, "PATH": f"{slurm}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.time() + 30
+    while not list(tmp_path.glob("runs/A-v0*/metrics.jsonl")) and tool.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    os.kill(int((slurm / "pid_0").read_text()), signal.SIGUSR2)
+    output, _ = tool.communicate(timeout=40)
+    assert tool.returncode == 0, output
+    first, second, other = starts(tmp_path)
+    assert first == "A-v0:1:new:0" and other == "B-v0:1:new:0"
+    assert second.startswith("A-v0:1:resume:") and int(second.split(":")[-1]) >= 100
+
+
+@needs_submitit
+def test_slurm_bad_input_is_one_line(tmp_path, script, slurm):
+    words = ["--script", script, "--env-ids", "A-v0", "B-v0", "--out", tmp_path, "--launcher", "slurm"]
+    one_line_error(call("run.py", *words, env={"PATH": "/usr/bin:/bin"}), "--launcher slurm", "srun")
+    env = {"PATH": f"{slurm}:{os.environ['PATH']}"}
+    one_line_error(call("run.py", *words, "--resources", "colour=blue", env=env), "--launcher slurm", "colour")
+
+
+@needs_ray
+def test_ray_on_a_local_cluster(tmp_path, script):
+    check_engine(tmp_path, script, "--launcher", "ray")
+
+
+@needs_ray
+def test_ray_bad_input_is_one_line(tmp_path, script):
+    words = ["--script", script, "--env-ids", "A-v0", "--out", tmp_path, "--launcher", "ray"]
+    one_line_error(call("run.py", *words, "--ray-address", "127.0.0.1:1"), "--launcher ray", "refused")
+
+
+# RUN FOLDERS AND CSV
+
+
+@pytest.mark.parametrize(
+    ("env_id", "task"),
+    [
+        ("dmc/walker-walk", "dmc_walker_walk"),
+        ("dm_control/walker-walk-v0", "dmc_walker_walk"),
+        ("dmc/ball_in_cup-catch", "dmc_cup_catch"),
+        ("dmc/cartpole-swingup_sparse", "dmc_cartpole_swingup_sparse"),
+        ("PongNoFrameskip-v4", "atari_pong"),
+        ("ALE/Pong-v5", "atari_pong"),
+        ("ale_py:ALE/Pong-v5", "atari_pong"),
+        ("atari/pong", "atari_pong"),
+        ("JamesbondNoFrameskip-v4", "atari_james_bond"),
+        ("atari/james_bond", "atari_james_bond"),
+        ("ALE/UpNDown-v5", "atari_up_n_down"),
+        ("ALE/Qbert-v5", "atari_qbert"),
+        ("atari/ms_pacman", "atari_ms_pacman"),
+        ("Pendulum-v1", "Pendulum-v1"),
+        ("Humanoid-v5", "Humanoid-v5"),
+    ],
+)
+def test_task_names_are_those_of_the_published_scores(env_id, task):
+    assert plot.task_name(env_id) == task
+
+
+def test_every_published_task_has_an_environment_id():
+    for _, task in plot.read_official():
+        suite, _, name = task.partition("_")
+        assert plot.task_name(f"{suite}/{name}" if suite == "atari" else f"dmc/{name.replace('_', '-', 1)}") == task
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"exp_name": "dreamer_v2_atari"}, ("v2", "dreamer_v2_atari")),
+        ({"exp_name": "dreamer_v2_atari_paper"}, ("v2", "dreamer_v2_atari_paper")),
+        ({"exp_name": "mine"}, ("v2", "dreamer_v2_atari-mine")),
+        ({"exp_name": "mine", "actor_dist": "tanh_normal"}, ("v2", "dreamer_v2_continuous-mine")),
+    ],
+)
+def test_script_and_version_of_a_run(tmp_path, config, expected):
+    version, _, script, _, _ = plot.describe(make_run(tmp_path, "A-v0", 1, [(1, 1.0)], **config))
+    assert (version, script) == expected
+
+
+def test_what_a_killed_run_logged_beyond_its_checkpoint_is_dropped(tmp_path):
+    points = [(100, 1.0), (200, 2.0), (300, 3.0), (200, 20.0), (300, 30.0)]
+    folder = make_run(
+        tmp_path, "A-v0", 1, points, lines=['{"step": 400, "charts/eval_return": 4.0}', '{"step": 500, "ch']
+    )
+    kept, last = plot.read_metrics(folder)
+    assert kept == [(100, 1.0, "train"), (200, 20.0, "train"), (300, 30.0, "train"), (400, 4.0, "eval")]
+    assert last == 400
+
+
+def test_training_returns_are_averaged_over_bins_and_evaluations_are_not():
+    points = [(4, 1.0, "train"), (10, 3.0, "train"), (10, 9.0, "eval"), (11, 5.0, "train"), (20, 8.0, "eval")]
+    assert plot.thin(points, 10) == [(10, 2.0, "train"), (10, 9.0, "eval"), (11, 5.0, "train"), (20, 8.0, "eval")]
+    assert plot.thin(points, 0) == sorted(points)
+
+
+def test_export_says_how_the_runs_were_made(tmp_path, script):
+    out, target = tmp_path / "out", tmp_path / "results" / "x.csv"
+    words = ["--script", script, "--env-ids", "PongNoFrameskip-v4", "--seeds", 1, 2, "--out", out, "--refresh", 0.2]
+    assert call("run.py", *words, "--", "--sleep", "0.02").returncode == 0
+    assert call("plot.py", "export", out, "--out", target, "--bin", 500).returncode == 0
+    rows = list(csv.DictReader(target.open()))
+    assert list(rows[0]) == ["version", "task", "script", "seed", "step", "return", "kind"]
+    # returns are step / 10 + seed, one every 100 frames: the means of 100..500 and 600..1000
+    found = [(row["seed"], row["step"], float(row["return"]), row["kind"]) for row in rows]
+    assert found == [
+        ("1", "500", 31.0, "train"),
+        ("1", "1000", 81.0, "train"),
+        ("2", "500", 32.0, "train"),
+        ("2", "1000", 82.0, "train"),
+    ]
+    assert {(row["version"], row["task"]) for row in rows} == {("v2", "atari_pong")}
+    sidecar = json.loads(target.with_suffix(".json").read_text())
+    run = sidecar["runs"][0]
+    assert run["command"].startswith("python fake_script.py --env-id PongNoFrameskip-v4 --seed 1")
+    assert run["versions"]["python"] == ".".join(map(str, sys.version_info[:3])) and "cores" in run["hardware"]
+    assert 0.2 < run["wall_seconds"] < 20 and run["starts"] == 1 and run["frames"] == run["total_steps"] == 1000
+    assert sidecar["common_config"]["total_steps"] == 1000 and run["config"] == {"seed": 1}
+
+
+def test_two_runs_of_one_seed_are_refused(tmp_path):
+    for root in ("a", "b"):
+        make_run(tmp_path / root, "ALE/Pong-v5", 1, [(1000, 1.0)])
+    result = call("plot.py", "table", tmp_path / "a", tmp_path / "b")
+    one_line_error(result, "two runs of dreamer_v2_atari on atari_pong with seed 1")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), plot.replacing(path) as name:
+        Path(name).write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.csv"]
+
+
+# SCORES
+
+
+def test_score_is_the_mean_of_the_last_frames_that_all_seeds_reached():
+    seeds = {
+        1: (np.array([100.0, 960.0, 980.0, 1000.0]), np.array([0.0, 10.0, 20.0, 30.0])),
+        2: (np.array([500.0, 1500.0]), np.array([0.0, 100.0])),  # nothing in (950, 1000]: between its neighbours
+    }
+    entry = plot.score(plot.Group("v2", "no_such_task", "s"), "train", seeds, {})
+    assert entry.frames == 1000 and entry.seeds == {1: 20.0, 2: 50.0} and entry.verdict == "no reference"
+
+
+def test_evaluations_count_only_where_every_seed_has_some():
+    rows = [plot.Row("v2", "t", "s", seed, 10, 1.0, "train") for seed in (1, 2)]
+    rows += [plot.Row("v2", "t", "s", 1, 10, 5.0, "eval")]
+    group = plot.Group("v2", "t", "s")
+    assert plot.by_group(rows)[group][0] == "train"
+    assert plot.by_group([*rows, plot.Row("v2", "t", "s", 2, 10, 6.0, "eval")])[group][0] == "eval"
+    assert plot.by_group(rows, "eval")[group][1].keys() == {1}
+
+
+def test_official_range_between_two_frame_counts():
+    curve = np.array([[100, 200], [5, 20], [0, 10], [10, 30]], float)
+    assert plot.official_at(curve, 150) == (12.5, 5.0, 20.0)
+    assert plot.official_at(curve, 175) == (16.25, 7.5, 25.0)
+    assert plot.official_at(curve, 900) == (20.0, 10.0, 30.0)
+    assert plot.official_at(curve, 99) is None
+
+
+def test_human_normalised_score():
+    # Pong: random -20.7, human 14.6, so -3.05 is half way. Breakout: random 1.7, human 30.5.
+    scores = [
+        plot.Score(plot.Group("v2", "atari_pong", "s"), "train", 10, {1: -3.05, 2: 14.6}, (14.6, 0, 0), "inside"),
+        plot.Score(plot.Group("v2", "atari_breakout", "s"), "train", 10, {1: 59.3}, None, "no reference"),
+        plot.Score(plot.Group("v2", "dmc_walker_walk", "s"), "train", 10, {1: 59.3}, None, "no reference"),
+    ]
+    (_, pong, official), (_, breakout, none) = plot.human_normalised(scores)
+    assert pong == pytest.approx([0.5, 1.0]) and official == pytest.approx(1.0)
+    assert breakout == pytest.approx([2.0]) and none is None
+
+
+def rliable_missing():
+    try:
+        import rliable.library  # noqa: F401
+    except Exception as error:  # noqa: BLE001 - with some pandas versions it is a TypeError
+        return f"rliable does not import: {error}"
+
+
+NO_RLIABLE = rliable_missing()
+
+
+@pytest.mark.skipif(bool(NO_RLIABLE), reason=str(NO_RLIABLE))
+def test_interquartile_mean_and_its_interval():
+    matrix = np.arange(1.0, 9.0).reshape(4, 2)  # the middle half of 1..8 is 3, 4, 5, 6
+    np.random.seed(3)
+    expected = np.random.rand()
+    np.random.seed(3)
+    point, low, high = plot.iqm(matrix)
+    assert point == pytest.approx(4.5) and 1 <= low < 4.5 < high <= 8
+    assert plot.iqm(matrix) == (point, low, high)
+    assert np.random.rand() == expected  # the caller's random state is as it was
+
+
+@pytest.mark.skipif(not NO_RLIABLE, reason="rliable imports")
+def test_without_rliable_the_error_is_one_line(tmp_path):
+    runs = [make_run(tmp_path, "ALE/Pong-v5", seed, [(1000, 1.0)]) for seed in range(4)]
+    one_line_error(call("plot.py", "table", *runs), "rliable", "requirements.txt")
+
+
+# GATE
+
+# Official DreamerV1, walker walk: seeds from 81.35 to 232.72 at 105,000 frames and from 406.76 to 592.08 at 205,000.
+# Half way between, at 155,000, the range is 244.055 to 412.4.
+HALF_WAY = 155_000
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict", "code"),
+    [(244.0, "under", 1), (244.1, "inside", 0), (412.3, "inside", 0), (412.5, "above", 0)],
+)
+def test_gate_at_interpolated_frames(tmp_path, value, verdict, code):
+    rows = [
+        ("v1", "dmc_walker_walk", "dreamer_v1_continuous", seed, HALF_WAY, value + offset, "eval")
+        for seed, offset in ((1, -50), (2, 50))
+    ]
+    result = call("gate.py", write_csv(tmp_path / "x.csv", rows))
+    assert result.returncode == code, result.stderr
+    line = result.stdout.splitlines()[1].split()
+    assert line[2:5] == ["eval", "2", "155,000"] and line[6] == "244.1" and line[8:] == ["412.4", verdict]
+
+
+def test_gate_judges_finished_run_folders_only(tmp_path):
+    # Official DreamerV2, Pong at 1,000,000 frames: seeds from -19.3 to -15.7.
+    good = make_run(tmp_path, "PongNoFrameskip-v4", 1, [(990_000, -16.0), (1_000_000, -18.0)], total=1_000_000)
+    make_run(tmp_path, "PongNoFrameskip-v4", 2, [(400_000, -21.0)], total=1_000_000)
+    result = call("gate.py", tmp_path)
+    assert result.returncode == 0 and result.stdout.splitlines()[1].split()[-5:] == [
+        "-17.0",
+        "-19.3",
+        "-18.3",
+        "-15.7",
+        "inside",
+    ]
+    assert "at 400,000 of 1,000,000 frames" in result.stderr
+    (good / "metrics.jsonl").write_text(json.dumps({"step": 1_000_000, "charts/eval_return": -20.5}) + "\n")
+    assert call("gate.py", tmp_path).returncode == 1
+    one_line_error(call("gate.py", tmp_path, "--unfinished", "--kind", "train"), "nothing to judge")
+
+
+def test_gate_one_task_under_among_others_fails(tmp_path):
+    rows = [
+        ("v1", "dmc_walker_walk", "dreamer_v1_continuous", 1, HALF_WAY, 300.0, "eval"),
+        ("v2", "atari_pong", "dreamer_v2_atari", 1, 2_000_000, -20.9, "train"),
+        ("v2", "CartPole-v1", "dreamer_v2_atari", 1, 2_000_000, 500.0, "train"),
+    ]
+    result = call("gate.py", write_csv(tmp_path / "x.csv", rows))
+    assert result.returncode == 1
+    verdicts = {line.split()[0]: line.split()[-1] for line in result.stdout.splitlines()[1:]}
+    assert verdicts == {"dmc_walker_walk": "inside", "atari_pong": "under", "CartPole-v1": "reference"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected the columns"),
+        ("version,task\nv1,x\n", "expected the columns"),
+        ("HEADER\nv1,dmc_walker_walk,s,1,abc,1.0,eval\n", "'abc' is not a number"),
+        ("HEADER\nv1,dmc_walker_walk,s,1,100,nan,eval\n", "'nan' is not a number"),
+        ("HEADER\nv1,dmc_walker_walk,s,1,100\n", "one cell a column"),
+        ("HEADER\nv1,dmc_walker_walk,s,1,100,1.0,test\n", "neither eval nor train"),
+        ("HEADER\nv1,dmc_walker_walk,s,1,100,1.0,eval\n", "nothing to judge"),
+        ("HEADER\n", "nothing to judge"),
+        ("\0\xff", "not a text file"),
+    ],
+)
+def test_gate_bad_input_is_one_line(tmp_path, text, message):
+    path = tmp_path / "x.csv"
+    path.write_bytes(text.replace("HEADER", ",".join(plot.COLUMNS)).encode("latin1"))
+    one_line_error(call("gate.py", path), message)
+
+
+def test_gate_without_a_run_is_one_line(tmp_path):
+    one_line_error(call("gate.py", tmp_path), "no run folder")
+    one_line_error(call("gate.py", tmp_path / "none.csv"), "No such file")
+    (tmp_path / "config.yaml").write_text("env_id: A\n")
+    one_line_error(call("gate.py", tmp_path), "no seed")
+    (tmp_path / "config.yaml").write_text("env_id: A\nseed: 1\ntotal_steps: many\n")
+    one_line_error(call("gate.py", tmp_path), "'many'")
+    (tmp_path / "config.yaml").write_text("env_id: A\nseed: []\ntotal_steps: 1\n")
+    one_line_error(call("gate.py", tmp_path), "[] is not a number")
+
+
+# FIGURES AND README
+
+
+def synthetic_results(folder):
+    """CSVs with sidecars, by way of run folders: two games and two DMC tasks, three seeds each."""
+    rng, roots = np.random.default_rng(0), []
+    for env_id, exp_name, low, high, total in (
+        ("PongNoFrameskip-v4", "dreamer_v2_atari", -21, 18, 4_000_000),
+        ("ALE/Breakout-v5", "dreamer_v2_atari", 1, 60, 4_000_000),
+        ("dmc/walker-walk", "dreamer_v2_continuous", 30, 950, 1_000_000),
+        ("dmc/ball_in_cup-catch", "dreamer_v2_continuous", 0, 900, 1_000_000),
+    ):
+        for seed in (1, 2, 3):
+            steps = np.linspace(total / 200, total, 200).astype(int)
+            curve = low + (high - low) / (1 + np.exp(-(steps / total - 0.4 - 0.05 * seed) * 12))
+            noise = rng.normal(0, 0.04 * (high - low), len(steps))
+            points = list(zip(steps.tolist(), np.clip(curve + noise, low, None).tolist(), strict=True))
+            roots.append(make_run(folder / "raw", env_id, seed, points, exp_name=exp_name, total=total))
+    for name, part in (("atari", roots[:6]), ("dmc", roots[6:])):
+        words = ["export", *part, "--out", folder / "results" / f"{name}.csv", "--bin", 20_000]
+        result = call(
+            "plot.py", *words, "--commit", "abc123", "--hardware", "one NVIDIA X", "--command", f"make {name}"
+        )
+        assert result.returncode == 0, result.stderr
+    return folder / "results"
+
+
+def test_readme_round_trip(tmp_path):
+    results, page = synthetic_results(tmp_path), tmp_path / "README.md"
+    page.write_text("# Title\n<!-- results:begin -->\nold numbers\n<!-- results:end -->\nlast words\n")
+    words = ["readme", "--results", results, "--readme", page, "--out", tmp_path / "figures"]
+    words += ["--no-iqm"] if NO_RLIABLE else []
+    assert call("plot.py", *words).returncode == 0
+    text = page.read_text()
+    assert text.startswith("# Title\n<!-- results:begin -->\n") and text.endswith("<!-- results:end -->\nlast words\n")
+    assert "old numbers" not in text and ("interquartile" in text) == (not NO_RLIABLE)
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    # The table's numbers are those of the CSV, taken by hand: the last 5% of four million frames.
+    last = [
+        float(row["return"])
+        for row in csv.DictReader((results / "atari.csv").open())
+        if row["task"] == "atari_pong" and int(row["step"]) > 3_800_000
+    ]
+    pong = next(line for line in lines if line[0] == "atari_pong" and line[2] == "3")
+    assert pong[1:5] == ["dreamer_v2_atari", "3", "train", "4,000,000"]
+    assert float(pong[5].split()[0]) == pytest.approx(np.mean(last), abs=0.06)
+    assert pong[6] == "7.3 (1.1 to 15.7)" and pong[7] == "above"
+    assert [line[2:] for line in lines if line[0] == "atari.csv"][0][1:] == ["one NVIDIA X", "abc123", "`make atari`"]
+    names = ["curves_dreamer_v2_atari", "curves_dreamer_v2_continuous", "atari_human_normalised"]
+    first = {}
+    for name in names:
+        path = tmp_path / "figures" / f"{name}.png"
+        assert f"![{name}](figures/{name}.png)" in text
+        first[name] = path.read_bytes()
+        assert first[name].startswith(b"\x89PNG") and 10_000 < len(first[name]) < 400_000
+    assert sorted(os.listdir(tmp_path / "figures")) == sorted(f"{name}.png" for name in names)
+    assert call("plot.py", *words).returncode == 0
+    assert page.read_text() == text  # the same results give the same page, and the same pictures
+    assert all((tmp_path / "figures" / f"{name}.png").read_bytes() == first[name] for name in names)
+    (results / "dmc.json").unlink()
+    one_line_error(call("plot.py", *words), "no dmc.json beside it")
+    assert page.read_text() == text
+
+
+def test_mean_and_range_are_over_the_frames_that_all_seeds_reached():
+    seeds = {
+        1: (np.array([0.0, 100.0]), np.array([0.0, 100.0])),
+        2: (np.array([0.0, 200.0]), np.array([20.0, 220.0])),
+    }
+    frames, mean, low, high = plot.mean_and_range(seeds, points=4)
+    assert frames.tolist() == [0, 25, 50, 75, 100]
+    assert low.tolist() == [0, 25, 50, 75, 100]
+    assert high.tolist() == [20, 45, 70, 95, 120] and mean.tolist() == [10, 35, 60, 85, 110]
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("no markers", "expected one <!-- results:begin -->"),
+        ("<!-- results:end --> <!-- results:begin -->", "expected one <!-- results:begin -->"),
+        (None, "No such file"),
+    ],
+)
+def test_readme_bad_input_is_one_line(tmp_path, page, message):
+    if page:
+        (tmp_path / "README.md").write_text(page)
+    write_csv(tmp_path / "x.csv", [("v2", "atari_pong", "s", 1, 10, 1.0, "train")])
+    one_line_error(call("plot.py", "readme", "--results", tmp_path, "--readme", tmp_path / "README.md"), message)
+
+
+def test_plot_bad_input_is_one_line(tmp_path):
+    one_line_error(call("plot.py", "readme", "--results", tmp_path, "--readme", BENCHMARK / "README.md"), "")
+    one_line_error(call("plot.py", "curves", "--results", tmp_path), "no results")
+    one_line_error(call("plot.py", "export", tmp_path, "--out", tmp_path / "x.csv"), "no run folder")
+    folder = make_run(tmp_path, "A-v0", 1, [])
+    one_line_error(call("plot.py", "export", folder, "--out", tmp_path / "x.csv"), "no returns")
+    one_line_error(call("plot.py", "export", folder, "--out", tmp_path / "x.txt"), ".csv")
+    one_line_error(call("plot.py", "paint"), "paint")
+
+
+def test_random_policy_is_measured_and_merged(tmp_path):
+    pytest.importorskip("gymnasium")
+    path = tmp_path / "random_scores.csv"
+    path.write_text("env_id,mean,std,episodes\nCartPole-v1,1.0,0.0,1\ndmc/walker-walk,44.0,9.0,10\n")
+    words = ["random", "--env-ids", "CartPole-v1", "--episodes", "40", "--out", path]
+    assert call("plot.py", *words).returncode == 0
+    rows = {row["env_id"]: row for row in plot.read_csv(path, ["env_id", "mean", "episodes"])}
+    assert 15 < float(rows["CartPole-v1"]["mean"]) < 32 and rows["CartPole-v1"]["episodes"] == "40"
+    assert rows["dmc/walker-walk"]["mean"] == "44.0"
+    text = path.read_text()
+    assert call("plot.py", *words).returncode == 0 and path.read_text() == text
+    one_line_error(call("plot.py", "random", "--env-ids", "No-v0", "--out", path), "No")
+    assert plot.read_floors(path)["dmc_walker_walk"] == 44.0 and plot.read_floors(path)["atari_pong"] == -20.7

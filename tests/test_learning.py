@@ -1,0 +1,143 @@
+"""Promises about learning from pixels, kept with small sizes on one CPU core.
+
+By default the quick ones run. `python -m pytest -n 2 tests/test_learning.py --all-learning` runs all of them; what they
+reached is in benchmark/README.md. What is broken on purpose must fail: no task here is solved by luck.
+"""
+
+import contextlib
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.pixel_envs import RETURNS
+from tests.running import load, restored_signals
+
+V1, V2, ATARI = "dreamer_v1_continuous", "dreamer_v2_continuous", "dreamer_v2_atari"
+slow = pytest.mark.skipif("not config.getoption('--all-learning')", reason="runs with --all-learning")
+pytestmark = pytest.mark.timeout(900)
+
+SMALL = {
+    "precision": "float32",
+    "action_repeat": 1,
+    "total_steps": 3000,
+    "seed_steps": 500,
+    "collect_steps": 50,
+    "update_steps": 25,
+    "pretrain": 50,
+    "scalar_freq": 250,
+    "eval_every": 500,
+    "eval_episodes": 10,
+    "checkpoint_interval": 100_000,
+    "replay_capacity": 10_000,
+    "batch_size": 16,
+    "train_seq_len": 12,
+    "deter_size": 64,
+    "obs_embed_size": 64,
+    "cnn_depth": 4,
+    "units": 64,
+    "reward_layers": 2,
+    "discount_layers": 2,
+    "value_layers": 2,
+    "actor_layers": 2,
+    "imagine_horizon": 6,
+    "discount": 0.9,
+    "slow_target_update": 50,
+    "value_learning_rate": 2e-3,
+    "model_learning_rate": 1e-3,
+    "actor_learning_rate": 1e-3,
+    "stoch_size": 8,
+    "num_classes": 8,
+    "discount_scale": 1.0,
+    "kl_loss_coeff": 0.3,
+    "free_nats": 0.0,
+}
+SMALL_V1 = {
+    "stoch_size": 16,
+    "free_nats": 1.0,
+    "kl_loss_coeff": 1.0,
+    "action_noise": 0.2,
+    "model_learning_rate": 1.5e-3,
+    "actor_learning_rate": 5e-4,
+    "value_learning_rate": 1e-3,
+}
+MEMORY = {"batch_size": 8, "train_seq_len": 26}  # a sequence spans a whole episode, wherever it starts
+
+
+def evaluations(folder, name, env, changes, breaking=None):
+    """The evaluation returns of a small run; `breaking(script, monkeypatch)` sabotages it first."""
+    script = load(name)
+    known = {field.name for field in dataclasses.fields(script.Args)}
+    values = SMALL | (SMALL_V1 if name == V1 else {"action_noise": 0.0}) | {"actor_entropy": 3e-3} | changes
+    env += "Discrete-v0" if name == ATARI and env != "TwoPixelBall" else "-v0"
+    args = script.Args(env_id=f"tests.pixel_envs:{env}", **{key: v for key, v in values.items() if key in known})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as monkeypatch, restored_signals(), contextlib.chdir(folder):
+            if breaking:
+                breaking(script, monkeypatch)
+            script.main(script.check_args(args))
+    finally:
+        torch.set_num_threads(threads)
+    (metrics,) = folder.glob("runs/*/metrics.jsonl")
+    lines = map(json.loads, metrics.read_text().splitlines())
+    returns = [line["charts/eval_return"] for line in lines if "charts/eval_return" in line]
+    return env, RETURNS[env], returns
+
+
+def shuffled_rewards(script, monkeypatch):
+    """The rewards that the world model learns from belong to other steps: imagination is of no use."""
+    sample = script.Replay.sample
+
+    def shuffled(self, rng, batch_size, length):
+        batch = sample(self, rng, batch_size, length)
+        order = torch.from_numpy(rng.permutation(batch.reward.numel()))
+        return batch._replace(reward=batch.reward.flatten()[order].view_as(batch.reward))
+
+    monkeypatch.setattr(script.Replay, "sample", shuffled)
+
+
+def no_memory(script, monkeypatch):
+    """A feed-forward agent: the recurrent state is reset before each observation."""
+    step = script.RSSM.observe_step
+
+    def forgetful(self, stoch, deter, action, projected, is_first):
+        return step(self, stoch, deter, action, projected, torch.ones_like(is_first))
+
+    monkeypatch.setattr(script.RSSM, "observe_step", forgetful)
+
+
+LEARNED = [
+    pytest.param(V1, "DotSteer", {}, id="v1-dot"),
+    pytest.param(V2, "DotSteer", {"total_steps": 2000}, id="v2-continuous-dot"),
+    pytest.param(ATARI, "DotSteer", {}, id="v2-atari-dot"),
+    pytest.param(ATARI, "TerminalGoal", {"total_steps": 1500}, id="v2-atari-terminal"),
+    pytest.param(V1, "DotSteer", {"actor_grad": "reinforce"}, id="v1-dot-reinforce", marks=slow),
+    pytest.param(ATARI, "CueMemory", MEMORY | {"total_steps": 4000}, id="v2-atari-memory", marks=slow),
+]
+
+
+@pytest.mark.parametrize(("name", "env", "changes"), LEARNED)
+def test_90_percent_of_the_possible_return_is_reached(tmp_path, name, env, changes):
+    title, returns, reached = evaluations(tmp_path, name, env, changes)
+    print(title, returns, np.round(reached, 2))
+    assert max(reached) >= 0.9 * returns["best"]
+
+
+BROKEN = [
+    pytest.param(V2, "DotSteer", {"total_steps": 2000}, shuffled_rewards, id="v2-continuous-shuffled-rewards"),
+    pytest.param(V1, "DotSteer", {}, shuffled_rewards, id="v1-shuffled-rewards", marks=slow),
+    pytest.param(ATARI, "CueMemory", MEMORY | {"total_steps": 4000}, no_memory, id="v2-atari-no-memory", marks=slow),
+    pytest.param(ATARI, "TerminalGoal", {"pred_discount": False}, None, id="v2-atari-no-discount-head", marks=slow),
+]
+
+
+@pytest.mark.parametrize(("name", "env", "changes", "breaking"), BROKEN)
+def test_a_broken_copy_does_not_learn(tmp_path, name, env, changes, breaking):
+    """Judged at the end: on its way a collapsing policy may pass through a good one."""
+    title, returns, reached = evaluations(tmp_path, name, env, changes, breaking)
+    print(title, returns, np.round(reached, 2))
+    assert np.mean(reached[-2:]) < 0.7 * returns["best"]

@@ -1,0 +1,554 @@
+"""Promises about a run: what its folder holds, that a seed repeats it, that no kill, full disk or faulty environment
+loses it, and what can be done with it afterwards."""
+
+import builtins
+import contextlib
+import errno
+import io
+import itertools
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.running import (
+    SCRIPTS,
+    as_flags,
+    contents,
+    env_id,
+    is_discrete,
+    load,
+    read_metrics,
+    small,
+    small_args,
+    start,
+    strict_json,
+    train,
+    without_clock,
+)
+
+pytestmark = pytest.mark.timeout(300)
+
+EPISODE = {"charts/episodic_return", "charts/episodic_length"}
+UPDATE = {"charts/SPS", "charts/updates_per_second", "losses/image", "losses/reward", "losses/kl", "losses/model"}
+UPDATE |= {"losses/actor", "losses/value", "grad_norm/model", "grad_norm/actor", "grad_norm/value", "actor/entropy"}
+UPDATE |= {"latents/prior_entropy", "latents/post_entropy"}
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def script(request):
+    return load(request.param)
+
+
+@pytest.fixture(scope="module")
+def finished(script, tmp_path_factory):
+    """The folder of a run with evaluations and videos, which the tests only read."""
+    folder = tmp_path_factory.mktemp(script.__name__)
+    return train(script, folder, small(script, eval_every=150, eval_episodes=2, capture_video=True))
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "runs" / finished.name)
+
+
+def stored_rows(script, run_dir):
+    """The rows up to the last checkpoint, of a run that has not filled its replay."""
+    count, rows = (
+        script.load_checkpoint(run_dir)["replay_rows"],
+        np.load(run_dir / "replay" / "steps.npy", mmap_mode="r"),
+    )
+    assert count <= len(rows)
+    return np.array(rows[:count])
+
+
+# THE RUN FOLDER
+
+
+def test_the_folder_is_named_by_environment_experiment_seed_and_time_and_holds_what_is_documented(script, finished):
+    environment, experiment, seed, when = finished.name.split("__")
+    assert environment.endswith("DotSteerDiscrete-v0" if is_discrete(script) else "DotSteer-v0")
+    assert (experiment, seed) == (script.__name__, "1") and abs(int(when) - time.time()) < 3600
+    names = sorted(path.name for path in finished.iterdir())
+    events = [name for name in names if name.startswith("events.out.tfevents.")]
+    assert len(events) == 1
+    assert names == sorted([*events, "checkpoint.pt", "config.yaml", "metrics.jsonl", "replay", "videos"])
+    assert [path.name for path in (finished / "replay").iterdir()] == ["steps.npy"]
+
+
+def test_config_yaml_loads_back_and_flags_beside_it_win(script, finished):
+    path = str(finished / "config.yaml")
+    args = vars(script.parse_args(["--config", path]))
+    trained_with = vars(script.parse_args(small(script, eval_every=150, eval_episodes=2, capture_video=True)))
+    assert args | {"config": ""} == trained_with
+    assert script.parse_args(["--config", path, "--units", "9"]).units == 9
+
+
+def test_config_refuses_unknown_keys_and_reads_numbers_as_people_write_them(script, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model_learning_rate: 1e-4\ntotal_steps: 1e6\nunits: 64\ntd_lambda: 1\n")
+    args = script.parse_args(["--config", str(path)])
+    assert (args.model_learning_rate, args.total_steps, args.units, args.td_lambda) == (1e-4, 1_000_000, 64, 1.0)
+    assert [type(value) for value in (args.model_learning_rate, args.total_steps)] == [float, int]
+    path.write_text("unitss: 64\n")
+    with pytest.raises(script.UserError, match="unitss"):
+        script.parse_args(["--config", str(path)])
+
+
+def test_metrics_jsonl_is_json_with_steps_and_the_documented_names(script, finished):
+    metrics = read_metrics(finished)
+    steps = [line["step"] for line in metrics]
+    assert steps == sorted(steps) and steps[-1] == 300
+    named = [set(line) - {"step"} for line in metrics]
+    assert all(isinstance(value, (int, float)) for line in metrics for value in line.values())
+    assert sum(names == EPISODE for names in named) == 11, "300 frames are 11 episodes of 13 agent steps"
+    updates = [line for line, names in zip(metrics, named, strict=True) if names >= UPDATE]
+    assert len(updates) == 7, "one each 40 frames, from the seed frames on"
+    assert all(("losses/discount" in line) == script.Args().pred_discount for line in updates)
+    assert [line["step"] for line in metrics if "charts/eval_return" in line] == [150, 300]
+
+
+def test_metrics_jsonl_stays_json_when_a_value_is_not_finite(script, tmp_path):
+    logger = script.Logger(tmp_path, small_args(script), 0, 0)
+    logger.scalars(1, {"losses/model": float("nan"), "losses/image": float("inf"), "losses/kl": 1.0})
+    assert strict_json((tmp_path / "metrics.jsonl").read_text())["losses/kl"] == 1.0
+
+
+def test_tensorboard_shows_the_same_scalars(finished):
+    assert_tensorboard_agrees(finished)
+
+
+def assert_tensorboard_agrees(run_dir):
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    shown = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    logged = {(key, line["step"]): value for line in read_metrics(run_dir) for key, value in line.items()}
+    logged = {key: value for key, value in logged.items() if key[0] != "step"}
+    assert shown.keys() == logged.keys()
+    assert all(shown[key] == pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in logged.items())
+
+
+def test_tensorboard_shows_the_open_loop_video_in_three_rows(finished):
+    events = EventAccumulator(str(finished), size_guidance={"images": 0})
+    events.Reload()
+    videos = events.Images("open_loop")
+    assert [event.step for event in videos] == [150, 300]
+    for event in videos:
+        video = Image.open(io.BytesIO(event.encoded_image_string))
+        assert video.format == "GIF" and video.size == (event.width, event.height)
+        assert video.height == 3 * 64 and video.width % 64 == 0
+        assert video.n_frames == 8, "as long as a training sequence"
+        for i in range(video.n_frames):
+            video.seek(i)
+            assert np.asarray(video.convert("RGB"))[:64].std() > 5, "the row of true frames is not blank"
+
+
+def test_capture_video_saves_the_first_episode_of_each_evaluation(finished):
+    paths = sorted((finished / "videos").iterdir())
+    assert [path.name for path in paths] == ["eval_150.gif", "eval_300.gif"]
+    for path in paths:
+        with Image.open(path) as video:
+            assert video.size == (64, 64)
+            assert video.n_frames > 1
+
+
+def test_the_checkpoint_needs_no_pickle(finished):
+    state = torch.load(finished / "checkpoint.pt", weights_only=True)
+    assert {"agent", "learner", "counters", "replay_rows", "numpy_rng", "torch_rng"} <= state.keys()
+
+
+@pytest.mark.timeout(300)
+def test_track_logs_to_wandb(script, tmp_path):
+    flags = small(script, total_steps=100, seed_steps=40, eval_every=100, track=True, wandb_project_name="promises")
+    environ = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)}
+    with started(script, tmp_path, flags, env=environ) as process:
+        _, errors = process.communicate(timeout=150)
+    assert process.returncode == 0, errors
+    (record,) = tmp_path.glob("runs/*/wandb/offline-run-*/run-*.wandb")
+    assert b"losses/image" in record.read_bytes() and b"charts/episodic_return" in record.read_bytes()
+
+
+# ONE SEED, ONE RUN
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_a_seed_gives_the_same_run_number_for_number(script, num_envs, tmp_path):
+    runs = []
+    for i, seed in enumerate([1, 1] if num_envs == 2 else [1, 1, 2]):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        flags = small(script, seed=seed, num_envs=num_envs, total_steps=200, eval_every=200)
+        run_dir = train(script, folder, flags)
+        weights = script.load_checkpoint(run_dir)["agent"]
+        runs.append((without_clock(read_metrics(run_dir)), stored_rows(script, run_dir).tobytes(), weights))
+    (metrics, rows, weights), (metrics_again, rows_again, weights_again), *others = runs
+    assert metrics == metrics_again and len(metrics) > 5
+    assert rows == rows_again
+    assert all((weights[name] == weights_again[name]).all() for name in weights)
+    for other_metrics, other_rows, _ in others:
+        assert other_metrics != metrics and other_rows != rows
+
+
+# STOPPED, KILLED, RESUMED
+
+
+@contextlib.contextmanager
+def started(*args, **kwargs):
+    """A script in a process group of its own; nothing of it is left afterwards."""
+    process = start(*args, **kwargs)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for_progress(script, process, folder, frames, timeout=200):
+    """Until a checkpoint of more than `frames` frames lies on disk."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        for path in folder.glob("runs/*/checkpoint.pt"):
+            if script.load_checkpoint(path.parent)["counters"]["frames"] > frames:
+                return
+        time.sleep(0.1)
+    raise AssertionError("the run made no checkpoint")
+
+
+def assert_group_is_gone(process, timeout=10):
+    """No worker of the script is left, shortly after its end."""
+    process.wait(timeout)
+    deadline = time.monotonic() + timeout
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+        raise AssertionError("a worker is still there")
+
+
+@pytest.mark.timeout(300)
+def test_a_run_killed_at_any_moment_resumes_from_its_last_checkpoint(script, tmp_path):
+    """Three kills at random moments, then a resume to the end. Never below the last checkpoint's counters, each
+    transition up to it still there bit for bit, no torn or repeated line of metrics."""
+    rng = random.Random(0)
+    sizes = {"checkpoint_interval": 26, "seed_steps": 26, "scalar_freq": 20, "replay_capacity": 20_000}
+    flags = small(script, total_steps=1_000_000, **sizes)
+    frames, rows, run_dir = 0, None, None
+    for round in range(4):
+        if run_dir:
+            last = round == 3
+            flags = ["--resume", str(run_dir)] + as_flags({"total_steps": frames + 100} if last else {})
+        with started(script, tmp_path, flags) as process:
+            if round < 3:
+                wait_for_progress(script, process, tmp_path, frames)
+                time.sleep(rng.uniform(0, 0.5))
+            else:
+                _, errors = process.communicate(timeout=120)
+                assert process.returncode == 0, errors
+        (run_dir,) = tmp_path.glob("runs/*")
+        checkpoint = script.load_checkpoint(run_dir)
+        assert checkpoint["counters"]["frames"] > frames and checkpoint["learner"]["updates"] > 0
+        frames, stored = checkpoint["counters"]["frames"], stored_rows(script, run_dir)
+        if rows is not None:
+            assert len(stored) > len(rows)
+            kept = stored[: len(rows)]
+            assert kept[:-1].tobytes() == rows[:-1].tobytes()
+            for name in ("image", "action", "reward", "is_first", "is_terminal"):
+                assert (kept[name][-1] == rows[name][-1]).all()
+            assert kept["is_last"][-1].all() and stored["is_first"][len(rows)].all(), "a resumed run starts an episode"
+        rows = stored
+    metrics = read_metrics(run_dir)
+    assert_tensorboard_agrees(run_dir)
+    assert [line["step"] for line in metrics] == sorted(line["step"] for line in metrics)
+    updates = [line["charts/updates"] for line in metrics if "charts/updates" in line]
+    assert all(before <= after for before, after in itertools.pairwise(updates))
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len(set(lines))
+
+
+def test_a_resumed_learner_goes_on_exactly_as_the_live_one(script, tmp_path, monkeypatch):
+    """Five more updates on the same replay, by the objects of a run that has just saved and by those restored from its
+    checkpoint, end in the same weights."""
+    live = {}
+    for name in ("Learner", "Replay"):
+        cls = getattr(script, name)
+
+        def keep(*args, cls=cls, name=name):
+            live[name] = cls(*args)
+            return live[name]
+
+        monkeypatch.setattr(script, name, keep)
+    run_dir = train(script, tmp_path, small(script))
+    monkeypatch.undo()
+
+    checkpoint = script.load_checkpoint(run_dir)
+    assert (torch.get_rng_state() == checkpoint["torch_rng"]).all()
+    cpu, agent = torch.device("cpu"), script.Dreamer.from_pretrained(run_dir)
+    fresh = script.Learner(agent, agent.args, cpu)
+    fresh.load_state_dict(checkpoint["learner"])
+    old = live["Replay"]
+    shape, slack = old.fields["image"].shape, old.rows - old.capacity
+    restored = script.Replay(run_dir / "replay", old.capacity, slack, 1, shape, agent.action_size, cpu)
+    restored.restore(checkpoint["replay_rows"])
+    weights = []
+    for learner, replay in ((live["Learner"], old), (fresh, restored)):
+        rng = np.random.default_rng()
+        rng.bit_generator.state = checkpoint["numpy_rng"]
+        torch.set_rng_state(checkpoint["torch_rng"])
+        for _ in range(5):
+            learner(replay.sample(rng, 4, 8))
+        weights.append(learner.agent.state_dict())
+        assert learner.updates == checkpoint["learner"]["updates"] + 5
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any(not torch.equal(weights[0][name], checkpoint["agent"][name]) for name in weights[0])
+
+
+def test_resume_keeps_the_flags_and_takes_new_ones(script, copy, tmp_path):
+    before = read_metrics(copy)
+    train(script, tmp_path, ["--resume", str(copy), "--total-steps", "360"])
+    checkpoint, metrics = script.load_checkpoint(copy), read_metrics(copy)
+    assert checkpoint["counters"]["frames"] == 360
+    assert metrics[: len(before)] == before and metrics[-1]["step"] == 360
+    assert_tensorboard_agrees(copy)
+    assert script.load_config(copy / "config.yaml").total_steps == 360
+    assert [path.name for path in tmp_path.glob("runs/*")] == [copy.name], "no second folder"
+
+
+def test_resuming_a_finished_run_changes_no_weight_and_ends(script, copy, tmp_path):
+    before = script.load_checkpoint(copy)
+    train(script, tmp_path, ["--resume", str(copy)])
+    after = script.load_checkpoint(copy)
+    assert after["counters"]["frames"] == before["counters"]["frames"]
+    assert all(torch.equal(after["agent"][name], before["agent"][name]) for name in before["agent"])
+
+
+def test_resume_without_the_log_starts_a_new_one(script, copy, tmp_path):
+    (copy / "metrics.jsonl").unlink()
+    train(script, tmp_path, ["--resume", str(copy), "--total-steps", "360"])
+    assert read_metrics(copy)[-1]["step"] == 360
+
+
+@pytest.mark.parametrize(
+    ("number", "changes", "whole_group"),
+    [
+        pytest.param(signal.SIGINT, {"num_envs": 2}, True, id="ctrl-c in a terminal, two environments"),
+        pytest.param(signal.SIGTERM, {}, False, id="SIGTERM"),
+        pytest.param(signal.SIGUSR1, {}, False, id="SIGUSR1 (a scheduler's warning)"),
+        pytest.param(signal.SIGTERM, {"eval_every": 40, "env_id": "Slow"}, False, id="SIGTERM in a long evaluation"),
+    ],
+)
+def test_a_signal_saves_and_ends_within_ten_seconds(script, number, changes, whole_group, tmp_path):
+    if "env_id" in changes:
+        changes = changes | {"env_id": env_id(script, changes["env_id"], "tests.faulty_envs")}
+    flags = small(script, total_steps=1_000_000, seed_steps=40, checkpoint_interval=26, **changes)
+    with started(script, tmp_path, flags) as process:
+        wait_for_progress(script, process, tmp_path, 0)
+        time.sleep(0.5)
+        sent = time.monotonic()
+        (os.killpg if whole_group else os.kill)(process.pid, number)
+        _, errors = process.communicate(timeout=30)
+        assert time.monotonic() - sent < 10
+        assert_group_is_gone(process)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    (run_dir,) = tmp_path.glob("runs/*")
+    frames = script.load_checkpoint(run_dir)["counters"]["frames"]
+    advice = [line for line in errors.splitlines() if f"--resume {run_dir.relative_to(tmp_path)}" in line]
+    assert len(advice) == 1 and f"saved at frame {frames}" in advice[0]
+
+
+# AFTERWARDS
+
+
+def test_evaluate_prints_mean_and_deviation_and_writes_nothing(script, finished, tmp_path, capsys):
+    before = contents(finished)
+    train(script, tmp_path, ["--evaluate", str(finished), "--eval-episodes", "3"])
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and env_id(script) in printed and "3 episodes" in printed
+    mean, deviation = (float(printed.split("return ")[1].split()[i]) for i in (0, 2))
+    assert 0 <= mean <= 25 and 0 <= deviation <= 25
+    assert contents(finished) == before and not list(tmp_path.iterdir())
+    train(script, tmp_path, ["--evaluate", str(finished), "--eval-episodes", "3"])
+    assert capsys.readouterr().out == printed, "the same seed plays the same episodes"
+
+
+def test_from_pretrained_gives_the_agent_of_the_checkpoint(script, finished):
+    agent = script.Dreamer.from_pretrained(finished)
+    saved = script.load_checkpoint(finished)["agent"]
+    assert agent.state_dict().keys() == saved.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in agent.state_dict().items())
+    images = np.random.default_rng(0).integers(0, 256, (3, agent.channels, 64, 64), np.uint8)
+    state = agent.initial_state(3)
+    for is_first in (np.ones(3, bool), np.zeros(3, bool)):
+        action, state = agent.policy(images, state, is_first, mode=True)
+        assert action.shape == (3, agent.action_size) and action.abs().max() <= 1
+        if is_discrete(script):
+            assert ((action == 1).sum(-1) == 1).all() and (action.sum(-1) == 1).all()
+
+
+def test_from_config_takes_args_or_a_file_and_counts_its_parameters(script, finished):
+    agents = [script.Dreamer.from_config(source) for source in (small_args(script), finished / "config.yaml")]
+    for agent in agents:
+        count = sum(parameter.numel() for parameter in agent.parameters() if parameter.requires_grad)
+        assert agent.parameter_count() == count
+        *parts, total = agent.summary().splitlines()
+        assert total.split() == ["total", f"{count:,}"]
+        assert sum(int(line.split()[1].replace(",", "")) for line in parts) == count
+        assert {"encoder", "rssm", "decoder", "reward", "actor", "value"} <= {line.split()[0] for line in parts}
+    assert agents[0].state_dict().keys() == agents[1].state_dict().keys()
+
+
+# A FULL DISK
+
+
+def disk_full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint_and_the_run_goes_on(script, tmp_path, capsys):
+    """A limit on the size of files that only the checkpoint exceeds: the kernel cuts its write short."""
+    run_dir = train(script, tmp_path, small(script, total_steps=80, replay_capacity=40, units=256))
+    before = (run_dir / "checkpoint.pt").read_bytes()
+    assert (run_dir / "replay" / "steps.npy").stat().st_size < len(before) // 2
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+        train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "160"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
+    assert not list(run_dir.glob("*.tmp"))
+    assert read_metrics(run_dir)[-1]["step"] == 160, "it trained to its end"
+    assert "could not save" in capsys.readouterr().err
+    train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "160"])
+    assert script.load_checkpoint(run_dir)["counters"]["frames"] == 160
+
+
+def test_rows_overwritten_since_the_last_save_that_succeeded_are_told(script, tmp_path, monkeypatch):
+    """The disk stays full until the ring has gone round: the checkpoint's rows are no more, so no run goes on with
+    others in their place."""
+    sizes = {"total_steps": 100, "replay_capacity": 40, "checkpoint_interval": 10}
+    run_dir = train(script, tmp_path, small(script, **sizes))
+    monkeypatch.setattr(script, "save_checkpoint", disk_full)
+    train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "300"])
+    monkeypatch.undo()
+    with pytest.raises(script.UserError, match="steps.npy"):
+        train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "104"])
+
+
+@pytest.mark.parametrize("place", ["torch.save", "metrics.jsonl", "tensorboard", "videos"])
+def test_a_disk_that_is_full_for_a_while_is_survived_wherever_it_strikes(script, place, tmp_path, monkeypatch, capsys):
+    strikes = itertools.count()
+
+    def sometimes(function, strike=lambda *_: True):
+        def full_at_first(*args, **kwargs):
+            if strike(*args) and next(strikes) < 2:
+                disk_full()
+            return function(*args, **kwargs)
+
+        return full_at_first
+
+    if place == "torch.save":
+        monkeypatch.setattr(script.torch, "save", sometimes(torch.save))
+    elif place == "metrics.jsonl":
+        opens = sometimes(builtins.open, lambda path, mode="r", *_: str(path).endswith(place) and mode == "a")
+        monkeypatch.setattr(script, "open", opens, raising=False)
+    elif place == "tensorboard":
+        writer = script.SummaryWriter
+        monkeypatch.setattr(writer, "add_scalar", sometimes(writer.add_scalar))
+    else:
+        monkeypatch.setattr(
+            script, "write_file", sometimes(script.write_file, lambda path, _: path.parent.name == place)
+        )
+    run_dir = train(script, tmp_path, small(script, eval_every=100, capture_video=True))
+    assert next(strikes) >= 2
+    assert script.load_checkpoint(run_dir)["counters"]["frames"] == 300
+    assert "No space left" in capsys.readouterr().err
+    assert read_metrics(run_dir)[-1]["step"] == 300
+
+
+# FAULTY ENVIRONMENTS
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("RaisesOnce", {}),
+        ("ResetRaisesOnce", {}),
+        ("DiesOnce", {"num_envs": 2}),
+        ("HangsOnce", {"env_timeout": 3.0}),
+    ],
+)
+def test_an_environment_that_fails_is_started_again(script, name, changes, tmp_path, monkeypatch, capsys):
+    """The open episode ends with a truncation, a fresh one begins, the restart is counted, the run reaches its end."""
+    monkeypatch.setenv("FAULT_MARKER", str(tmp_path / "marker"))
+    environment = env_id(script, name, "tests.faulty_envs")
+    begin = time.monotonic()
+    run_dir = train(script, tmp_path, small(script, env_id=environment, total_steps=200, **changes))
+    assert (tmp_path / "marker").exists() and time.monotonic() - begin < 90, "it did not wait for the one that hangs"
+    checkpoint = script.load_checkpoint(run_dir)
+    assert checkpoint["counters"]["frames"] >= 200 and checkpoint["counters"]["env_restarts"] == 1
+    updates = [line for line in read_metrics(run_dir) if "charts/env_restarts" in line]
+    assert updates[-1]["charts/env_restarts"] == 1
+    rows = stored_rows(script, run_dir)
+    assert (rows["is_first"][1:] == rows["is_last"][:-1]).all()
+    lengths = np.diff(np.flatnonzero(rows["is_first"][:, 0]))
+    assert name == "ResetRaisesOnce" or (lengths != 14).any(), "an episode was cut short"
+    assert not rows["is_terminal"].any()
+    assert "is started again" in capsys.readouterr().err
+
+
+def test_an_environment_that_keeps_failing_ends_the_run_with_its_cause(script, tmp_path):
+    flags = small(script, env_id=env_id(script, "Raises", "tests.faulty_envs"))
+    with pytest.raises(script.UserError, match="5 times in a row.*RuntimeError: the simulator fell over"):
+        train(script, tmp_path, flags)
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert script.load_checkpoint(run_dir)["counters"]["env_restarts"] >= 4
+
+
+def test_a_faulty_environment_in_an_evaluation_does_not_end_the_run(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "evaluate", failing_once(script.evaluate, RuntimeError("the simulator fell over")))
+    run_dir = train(script, tmp_path, small(script, eval_every=100))
+    assert script.load_checkpoint(run_dir)["counters"]["frames"] == 300
+
+
+def failing_once(function, error):
+    errors = [error]
+
+    def wrapped(*args, **kwargs):
+        if errors:
+            raise errors.pop()
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_a_reward_that_is_no_number_ends_the_run(script, num_envs, tmp_path):
+    """With workers too, exit code 2, and nobody is left behind."""
+    flags = small(script, env_id=env_id(script, "NanReward", "tests.faulty_envs"), num_envs=num_envs)
+    if num_envs == 1:
+        with pytest.raises(script.UserError, match="reward nan"):
+            train(script, tmp_path, flags)
+        return
+    with started(script, tmp_path, flags) as process:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2 and "Traceback" not in errors
+        assert errors.splitlines()[-1].startswith("error: ") and "reward nan" in errors.splitlines()[-1]
+        assert_group_is_gone(process)
+
+
+def test_workers_do_not_outlive_a_script_that_is_killed(script, tmp_path):
+    with started(script, tmp_path, small(script, num_envs=2, total_steps=1_000_000, seed_steps=40)) as process:
+        wait_for_progress(script, process, tmp_path, 0)
+        process.kill()
+        assert_group_is_gone(process)

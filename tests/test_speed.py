@@ -1,0 +1,133 @@
+"""Promises about the speed of updates: static shapes, no recompilation, one CUDA graph, the same numbers everywhere."""
+
+import contextlib
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from tests.running import SCRIPTS, load, small_args
+
+CPU = torch.device("cpu")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return load(request.param)
+
+
+def make_learner(script, device=CPU, **changes):
+    torch.manual_seed(0)
+    args = small_args(script)
+    for name, value in changes.items():
+        setattr(args, name, value)
+    return script.Learner(script.Dreamer(args, 3, 3).to(device), args, device)
+
+
+def make_batch(script, args, seed, device=CPU):
+    rng = np.random.default_rng(seed)
+    T, B = args.train_seq_len, args.batch_size
+    is_first = rng.random((T, B)) < 0.1
+    is_first[0] = True
+    action = np.stack([script.random_actions(rng, B, 3) for _ in range(T)])
+    fields = (
+        rng.integers(0, 256, (T, B, 3, 64, 64), np.uint8),
+        action,
+        rng.normal(size=(T, B)).astype(np.float32),
+        is_first,
+        rng.random((T, B)) < 0.1,
+    )
+    return script.Batch(*(torch.from_numpy(field).to(device) for field in fields))
+
+
+def test_the_compiled_steps_have_no_graph_break_and_are_never_compiled_again(script):
+    """With `aot_eager`, which traces forward and backward as the GPU's compiler does, without its compile time."""
+    learner = make_learner(script)
+    rssm = learner.agent.world_model.rssm
+    torch._dynamo.reset()
+    for name in ("observe_step", "imagine_step"):
+        step = torch.compile(getattr(rssm, name), dynamic=False, fullgraph=True, backend="aot_eager")
+        setattr(rssm, name, step)
+    for seed in range(2):
+        learner(make_batch(script, learner.args, seed))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(3):
+            learner(make_batch(script, learner.args, seed))
+    torch._dynamo.reset()
+
+
+def test_the_graph_gets_every_batch_and_every_update_counts(script, monkeypatch):
+    """`replay_graph` with a stand-in for CUDA's graphs: one whose replay runs the update on the static batch."""
+    plain, graphed = make_learner(script), make_learner(script)
+
+    class Graph:
+        def replay(self):
+            for name, value in graphed.real_update(graphed.static).items():
+                graphed.metrics[name].copy_(value)
+
+    graphed.real_update, recorded = graphed.update, []
+
+    @contextlib.contextmanager
+    def capture(graph):  # a capture records and computes nothing
+        graphed.update = lambda batch: recorded.append(batch) or {k: v.clone() for k, v in last.items()}
+        yield
+        graphed.update = graphed.real_update
+
+    stream = type("Stream", (), {"wait_stream": lambda self, other: None})
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    for seed in range(6):
+        batch = make_batch(script, plain.args, seed)
+        torch.manual_seed(seed)
+        expected = plain.update(batch)
+        torch.manual_seed(seed)
+        last = graphed.replay_graph(batch)
+        assert expected.keys() == last.keys()
+        assert all(torch.equal(expected[name], last[name]) for name in expected), f"update {seed}"
+    assert len(recorded) == 1, "captured once"
+
+
+def test_the_replay_gives_a_v1_batch_within_15_ms(tmp_path):
+    script = load("dreamer_v1_continuous")
+    replay = script.Replay(tmp_path, 3000, 2, 1, (3, 64, 64), 6, CPU)
+    rng, no = np.random.default_rng(0), np.zeros(1, bool)
+    image = rng.integers(0, 256, (1, 3, 64, 64), np.uint8)
+    for _ in range(3000):
+        replay.add(image, np.zeros((1, 6)), np.zeros(1), no, no, no)
+    seconds = []
+    for _ in range(30):
+        start = time.process_time()  # others may share the core
+        replay.sample(rng, 50, 50)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.015
+
+
+@needs_cuda
+def test_on_cuda_the_compiled_graph_gives_the_losses_of_the_eager_update(script):
+    device, losses = torch.device("cuda"), []
+    for compiled in (False, True):
+        learner = make_learner(script, device, precision="float32", compile=compiled, cuda_graph=compiled)
+        batches = [make_batch(script, learner.args, seed, device) for seed in range(8)]
+        for batch in batches:
+            metrics = learner(batch)
+        losses.append(metrics["losses/image"].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@needs_cuda
+def test_on_cuda_the_replay_mirrors_its_images(script, tmp_path):
+    device = torch.device("cuda")
+    replay = script.Replay(tmp_path, 40, 2, 1, (3, 64, 64), 3, device)
+    rng, no = np.random.default_rng(0), np.zeros(1, bool)
+    for _ in range(60):
+        image = rng.integers(0, 256, (1, 3, 64, 64), np.uint8)
+        replay.add(image, np.zeros((1, 3)), np.zeros(1), no, no, no)
+    on_gpu = replay.sample(np.random.default_rng(1), 4, 8)
+    replay.mirror = None
+    on_cpu = replay.sample(np.random.default_rng(1), 4, 8)
+    assert torch.equal(on_gpu.image.cpu(), on_cpu.image.cpu())
