@@ -178,7 +178,7 @@ class Args:
     actor_grad_mix: float = 0.1
     """share of the dynamics gradient under `both`"""
     actor_entropy: float = 0.0
-    """weight of the actor's entropy (reinforce and both)"""
+    """weight of the actor's entropy (the paper has none)"""
     action_noise: float = 0.3
     """standard deviation of the exploration noise"""
     actor_learning_rate: float = 8e-5
@@ -907,18 +907,18 @@ def actor_loss(actor: nn.Module, value: nn.Module, feat: Tensor, action: Tensor,
     action    0    a_1   a_2  ...            a_{H-1}   a_H       (H+1, N, action)
     returns        G_1   G_2  ...            G_{H-1}             (H-1, N): the action a_t drawn at s_{t-1} earns G_t
     """
-    if args.actor_grad == "dynamics":
-        with torch.no_grad():
-            entropy = actor(feat[0]).entropy()
-        objective = returns
-    else:
-        policy = actor(feat[:-2].detach())
+    # The paper has no entropy bonus. Without one the entropy is only logged, that of the first states.
+    with_policy = args.actor_grad != "dynamics" or args.actor_entropy > 0
+    with torch.set_grad_enabled(with_policy):
+        policy = actor(feat[: -2 if with_policy else 1].detach())
         entropy = policy.entropy()
+    objective = returns
+    if args.actor_grad != "dynamics":
         advantage = (returns - value(feat[:-2]).float().squeeze(-1)).detach()
         objective = policy.log_prob(action[1:-1].detach()) * advantage
-        if args.actor_grad == "both":
-            objective = args.actor_grad_mix * returns + (1 - args.actor_grad_mix) * objective
-        objective = objective + args.actor_entropy * entropy
+    if args.actor_grad == "both":
+        objective = args.actor_grad_mix * returns + (1 - args.actor_grad_mix) * objective
+    objective = objective + args.actor_entropy * entropy
     return -(weight * objective).mean(), entropy.mean()
 
 
@@ -1165,18 +1165,25 @@ class Learner:
 FORMAT = f"{Path(__file__).stem} 1"  # raised when checkpoints change so that old ones cannot be read
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Atomic: a temporary file, flushed to disk, renamed. Raises `OSError` and keeps the old one if it fails."""
-    temporary = path.with_suffix(".tmp")
+def write_file(path: Path, data: bytes) -> None:
+    """Atomic: a temporary file, flushed to disk, renamed. Raises `OSError` and keeps the old file if that fails."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a write falls short
+    except OSError:
         temporary.unlink(missing_ok=True)
-        raise OSError(str(error).splitlines()[0]) from None
+        raise
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Like `write_file`."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    write_file(path, file.getvalue())
 
 
 def load_checkpoint(run_dir: Path) -> dict[str, Any]:
@@ -1199,13 +1206,6 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Atomic, like `save_checkpoint`."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
 def gif(frames: np.ndarray, fps: int = 20) -> bytes:
     """Encodes (T, H, W, 3) uint8 as a GIF."""
     images = [Image.fromarray(frame) for frame in frames]
@@ -1219,10 +1219,8 @@ class Logger:
 
     def __init__(self, run_dir: Path, args: Args, step: int, offset: int):
         self.path = run_dir / "metrics.jsonl"
-        with open(self.path, "ab") as file:
-            file.truncate(
-                min(offset, file.tell())
-            )  # what a killed run wrote after its checkpoint will be written again
+        with open(self.path, "ab") as file:  # what a killed run wrote after its checkpoint will be written again
+            file.truncate(min(offset, file.tell()))
         if args.track:
             import wandb
 

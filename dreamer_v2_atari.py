@@ -976,11 +976,10 @@ def world_model_loss(model: "WorldModel", batch: Batch, args: Args) -> tuple[Ten
     embed = model.encoder(image).unflatten(0, (T, B))  # (T, B, embed)
     post, prior = observe(model.rssm, embed, batch.action, batch.is_first)
     feat = post.feat  # (T, B, feat)
+    reward = batch.reward.tanh()  # games' scores differ by orders of magnitude
     losses = {
         "image": image_nll(model.decoder(feat.flatten(0, 1)).float(), image),
-        "reward": model.reward.nll(
-            feat, torch.tanh(batch.reward)
-        ).mean(),  # games' scores differ by orders of magnitude
+        "reward": model.reward.nll(feat, reward).mean(),
     }
     if model.discount is not None:
         target = args.discount * (1 - batch.is_terminal.float())  # a soft label: the head's mean already holds gamma
@@ -1304,18 +1303,25 @@ class Learner:
 FORMAT = f"{Path(__file__).stem} 1"  # raised when checkpoints change so that old ones cannot be read
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Atomic: a temporary file, flushed to disk, renamed. Raises `OSError` and keeps the old one if it fails."""
-    temporary = path.with_suffix(".tmp")
+def write_file(path: Path, data: bytes) -> None:
+    """Atomic: a temporary file, flushed to disk, renamed. Raises `OSError` and keeps the old file if that fails."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a write falls short
+    except OSError:
         temporary.unlink(missing_ok=True)
-        raise OSError(str(error).splitlines()[0]) from None
+        raise
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Like `write_file`."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    write_file(path, file.getvalue())
 
 
 def load_checkpoint(run_dir: Path) -> dict[str, Any]:
@@ -1338,13 +1344,6 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Atomic, like `save_checkpoint`."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
 def gif(frames: np.ndarray, fps: int = 20) -> bytes:
     """Encodes (T, H, W, 3) uint8 as a GIF."""
     images = [Image.fromarray(frame) for frame in frames]
@@ -1358,10 +1357,8 @@ class Logger:
 
     def __init__(self, run_dir: Path, args: Args, step: int, offset: int):
         self.path = run_dir / "metrics.jsonl"
-        with open(self.path, "ab") as file:
-            file.truncate(
-                min(offset, file.tell())
-            )  # what a killed run wrote after its checkpoint will be written again
+        with open(self.path, "ab") as file:  # what a killed run wrote after its checkpoint will be written again
+            file.truncate(min(offset, file.tell()))
         if args.track:
             import wandb
 
