@@ -348,8 +348,8 @@ def test_actor_gradient_takes_part_in_the_returns_as_actor_grad_says():
         check_gradient(gradient, -share * weight / weight.numel(), actor_grad)
 
 
-@pytest.mark.parametrize("actor_grad", ["reinforce", "both"])
-def test_reinforce_is_the_score_function_of_actions_for_the_returns_they_led_to(actor_grad, monkeypatch):
+@pytest.mark.parametrize("actor_grad", ["dynamics", "reinforce", "both"])
+def test_the_actor_loss_is_the_returns_or_their_score_function_and_the_entropy_bonus(actor_grad, monkeypatch):
     """-mean(w * (log pi(a_t | s_{t-1}) * (G_t - V(s_{t-1})) + eta * entropy)); the advantage and a_t are data."""
     agent, n, mix, eta = make_agent(actor_grad=actor_grad), 5, 0.25, 0.1
     agent.args.actor_grad_mix, agent.args.actor_entropy = mix, eta
@@ -367,7 +367,8 @@ def test_reinforce_is_the_score_function_of_actions_for_the_returns_they_led_to(
         score = squashed.log_prob(action[t].detach()).sum(-1) * advantage
         own = torch.tanh(policy.mean + policy.std * draws[t - 1])
         entropy = -v1.TanhNormal(policy.mean, policy.std).log_prob(own)
-        objective = score if actor_grad == "reinforce" else mix * returns[t - 1] + (1 - mix) * score
+        mixture = mix * returns[t - 1] + (1 - mix) * score
+        objective = {"dynamics": returns[t - 1], "reinforce": score, "both": mixture}[actor_grad]
         terms.append(weight[t - 1] * (objective + eta * entropy))
     expected = -torch.stack(terms).mean()
     check(loss, expected)
