@@ -554,13 +554,14 @@ class Encoder(nn.Module):
         for i in range(4):
             self.convs.append(nn.Conv2d(channels, depth * 2**i, 4, stride=2))
             channels = depth * 2**i
+        self.convs.to(memory_format=torch.channels_last)  # else oneDNN reorders the weights at every step of the policy
         self.embed_size = embed_size or 4 * channels
         self.linear = nn.Linear(4 * channels, embed_size) if embed_size else nn.Identity()
 
     def forward(self, image: Tensor) -> Tensor:
         x = image
         for conv in self.convs:
-            x = F.relu(conv(x))
+            x = F.relu(conv(x), inplace=True)
         return self.linear(x.permute(0, 2, 3, 1).flatten(1))  # (h, w, c) order, as the official code flattens
 
 

@@ -508,8 +508,10 @@ def sample_onehot(logits: Tensor) -> Tensor:
     All latents are drawn here, so that a test can put recorded draws in their place.
     """
     probs = logits.softmax(-1)
-    race = probs / torch.empty_like(probs).exponential_()  # the first of exponential clocks to ring is class i with p_i
-    onehot = torch.zeros_like(probs).scatter_(-1, race.argmax(-1, keepdim=True), 1.0)
+    cdf = probs.cumsum(-1)
+    threshold = torch.rand_like(cdf[..., -1:]) * cdf[..., -1:]  # one random number a latent: they are slow on the CPU
+    index = (cdf <= threshold).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    onehot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
     return onehot + (probs - probs.detach())
 
 
@@ -648,6 +650,7 @@ class Encoder(nn.Module):
         for i in range(4):
             self.convs.append(nn.Conv2d(channels, depth * 2**i, 4, stride=2))
             channels = depth * 2**i
+        self.convs.to(memory_format=torch.channels_last)  # else oneDNN reorders the weights at every step of the policy
         self.embed_size = embed_size or 4 * channels
         self.linear = nn.Linear(4 * channels, embed_size) if embed_size else nn.Identity()
 
