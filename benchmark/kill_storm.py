@@ -26,18 +26,17 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = {
+SMALL = {  # as in tests/test_learning.py
     "action_repeat": 1,
-    "seed_steps": 300,
+    "seed_steps": 500,
     "collect_steps": 10,
-    "update_steps": 4,
-    "pretrain": 4,
+    "update_steps": 5,
+    "pretrain": 50,
     "scalar_freq": 100,
     "checkpoint_interval": 10,
-    "replay_capacity": 4000,
+    "replay_capacity": 10_000,
     "batch_size": 16,
     "train_seq_len": 12,
-    "stoch_size": 16,
     "deter_size": 64,
     "obs_embed_size": 64,
     "cnn_depth": 4,
@@ -45,14 +44,30 @@ SMALL = {
     "reward_layers": 2,
     "value_layers": 2,
     "actor_layers": 2,
-    "imagine_horizon": 10,
-    "discount": 0.95,
-    "free_nats": 0.5,
-    "model_learning_rate": 2e-3,
+    "imagine_horizon": 6,
+    "discount": 0.9,
+    "actor_entropy": 3e-3,
+}
+SMALL_V1 = {
+    "stoch_size": 16,
+    "free_nats": 1.0,
+    "action_noise": 0.2,
+    "model_learning_rate": 1.5e-3,
+    "actor_learning_rate": 5e-4,
+    "value_learning_rate": 1e-3,
+}
+SMALL_V2 = {
+    "stoch_size": 8,
+    "num_classes": 8,
+    "discount_layers": 2,
+    "slow_target_update": 50,
+    "discount_scale": 1.0,
+    "kl_loss_coeff": 0.3,
+    "free_nats": 0.0,
+    "model_learning_rate": 1e-3,
     "actor_learning_rate": 1e-3,
     "value_learning_rate": 2e-3,
 }
-SMALL_V2 = {"stoch_size": 8, "num_classes": 8, "discount_layers": 2, "kl_loss_coeff": 0.5}
 
 
 def load(path):
@@ -90,7 +105,7 @@ def main():
     parser.add_argument("--script", type=Path, default=ROOT / "dreamer_v1_continuous.py")
     parser.add_argument("--env-id")
     parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--total-steps", type=int, default=4000)
+    parser.add_argument("--total-steps", type=int, default=5000)
     parser.add_argument("--floor", type=float, default=None, help="the last evaluation's mean return must exceed this")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -98,7 +113,7 @@ def main():
     script, rng = load(path), random.Random(options.seed)
     discrete = "Discrete" if "atari" in path.stem else ""
     env_id = options.env_id or f"pixel_envs:DotSteer{discrete}-v0"
-    flags = dict(SMALL) | (SMALL_V2 if "v2" in path.stem else {})
+    flags = SMALL | (SMALL_V2 if "v2" in path.stem else SMALL_V1)
     flags |= {"env_id": env_id, "total_steps": options.total_steps, "eval_every": options.total_steps}
     command = [sys.executable, str(path)]
     first = [part for key, value in flags.items() for part in (f"--{key.replace('_', '-')}", str(value))]
