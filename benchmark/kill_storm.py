@@ -26,12 +26,12 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = {  # as in tests/test_learning.py
+SMALL = {  # as in tests/test_learning.py, but for `pretrain`: no work between two checkpoints may outlast a round
     "action_repeat": 1,
     "seed_steps": 500,
     "collect_steps": 10,
     "update_steps": 5,
-    "pretrain": 50,
+    "pretrain": 5,
     "scalar_freq": 100,
     "checkpoint_interval": 10,
     "replay_capacity": 10_000,
