@@ -1112,6 +1112,7 @@ class Learner:
                     discount = model.discount(feat[1:]).float().squeeze(-1).sigmoid()
                 returns = lambda_return(reward[:-1], value[:-1], discount[:-1], value[-1], args.td_lambda)  # (H-1, N)
             weight = torch.cat([torch.ones_like(discount[:1]), discount[:-2]]).cumprod(0).detach()
+        with frozen(model, agent.value), autocast(args, self.device):  # anew: autocast keeps casts without gradient
             loss, entropy = actor_loss(agent.actor, agent.value, feat, action, returns, weight, args)
         metrics |= (
             {"losses/actor": loss, "actor/entropy": entropy} | action_metrics(action[1:]) | self.step("actor", loss)

@@ -1276,6 +1276,7 @@ class Learner:
                     discount = torch.cat([true_discount[None], discount[1:]])
                 target = lambda_return(reward[:-1], value[:-1], discount[:-1], value[-1], args.td_lambda)  # (H, N)
             weight = torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0).detach()  # (H+1, N)
+        with frozen(model), autocast(args, self.device):  # anew: autocast keeps casts without gradient
             loss, entropy = actor_loss(agent.actor, feat, action, target, value[:-2], weight[:-2], args)
         metrics |= (
             {"losses/actor": loss, "actor/entropy": entropy} | action_metrics(action[1:]) | self.step("actor", loss)
