@@ -65,6 +65,7 @@ SMALL_V1 = {
 }
 MEMORY = {"batch_size": 8, "train_seq_len": 26, "total_steps": 4000}  # a sequence spans a whole episode
 MEMORY_V1 = MEMORY | {"actor_entropy": 0.03, "kl_loss_coeff": 0.3, "free_nats": 0.0}  # else the actor saturates first
+MEMORY_V2 = MEMORY | {"total_steps": 3000, "kl_loss_coeff": 0.1, "model_learning_rate": 1.5e-3}  # the latent's price
 
 
 def evaluations(folder, name, env, changes, breaking=None):
@@ -118,6 +119,7 @@ LEARNED = [
     pytest.param(ATARI, "TerminalGoal", {"total_steps": 1500}, id="v2-atari-terminal"),
     pytest.param(V1, "DotSteer", {"actor_grad": "reinforce"}, id="v1-dot-reinforce", marks=slow),
     pytest.param(V1, "CueMemory", MEMORY_V1, id="v1-memory"),
+    pytest.param(V2, "CueMemory", MEMORY_V2, id="v2-continuous-memory", marks=slow),
     pytest.param(ATARI, "CueMemory", MEMORY, id="v2-atari-memory", marks=slow),
 ]
 
@@ -133,6 +135,7 @@ BROKEN = [
     pytest.param(V2, "DotSteer", {"total_steps": 2000}, shuffled_rewards, id="v2-continuous-shuffled-rewards"),
     pytest.param(V1, "DotSteer", {}, shuffled_rewards, id="v1-shuffled-rewards", marks=slow),
     pytest.param(V1, "CueMemory", MEMORY_V1, no_memory, id="v1-no-memory", marks=slow),
+    pytest.param(V2, "CueMemory", MEMORY_V2, no_memory, id="v2-continuous-no-memory", marks=slow),
     pytest.param(ATARI, "CueMemory", MEMORY, no_memory, id="v2-atari-no-memory", marks=slow),
     pytest.param(ATARI, "TerminalGoal", {"pred_discount": False}, None, id="v2-atari-no-discount-head", marks=slow),
 ]
