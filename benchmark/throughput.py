@@ -130,6 +130,9 @@ def time_loop(script, args, frames):
         finally:
             script.Learner = original
         warm = 10 + args.pretrain  # the first updates compile, capture and fill caches
+        if len(marks) < warm + 2:
+            print(f"error: --loop-frames {frames} makes {len(marks)} updates, {warm + 2} are needed", file=sys.stderr)
+            sys.exit(2)
         frames_each = args.collect_steps / args.update_steps
         return {"loop_frames_per_second": (len(marks) - 1 - warm) * frames_each / (marks[-1] - marks[warm])}
 
