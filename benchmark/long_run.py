@@ -1,19 +1,17 @@
 """Watches a long run from outside: resident memory, open files and frames per CPU second, a sample every half minute.
 
-    python benchmark/long_run.py --script dreamer_v2_atari.py --hours 2 --out long_run.csv -- FLAGS
+    python benchmark/long_run.py --pid PID --run-dir runs/RUN --hours 2 --out long_run.csv
 
-What follows `--` goes to the script. Linux only (it reads /proc). The slopes printed at the end are those of a straight
+Linux only (it reads /proc). The slopes printed at the end are those of a straight
 line through the samples after the first `--warm-up` minutes, in percent of their mean an hour.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -23,10 +21,8 @@ COLUMNS = ("hours", "frame", "rss_mib", "open_files", "cpu_seconds")
 
 
 def sample(pid, run_dir, start):
-    """One row of the CSV, or None before the first log line."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines() if run_dir else []
-    if not lines:
-        return None
+    """One row of the CSV."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     cpu = (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
@@ -41,29 +37,23 @@ def slope(hours, values):
 
 
 def main():
-    words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--script", type=Path, required=True)
+    parser.add_argument("--pid", type=int, required=True)
+    parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--hours", type=float, default=2.0)
     parser.add_argument("--warm-up", type=float, default=10.0, help="minutes")
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args(words[:cut])
+    options = parser.parse_args()
     start, rows = time.time(), []
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log.txt", "w") as log:
-        command = [sys.executable, str(options.script.resolve()), *words[cut + 1 :]]
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
-        while process.poll() is None and time.time() - start < options.hours * 3600:
-            time.sleep(30)
-            run_dir = next((path.parent for path in Path(folder).glob("runs/*/metrics.jsonl")), None)
-            if process.poll() is None and (row := sample(process.pid, run_dir, start)):
-                rows.append(row)
-                with open(options.out, "w", newline="") as file:
-                    csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
-        process.send_signal(signal.SIGTERM)
-        if process.wait() != 0:
-            sys.exit(Path(log.name).read_text()[-2000:])
+    while time.time() - start < options.hours * 3600 and Path(f"/proc/{options.pid}").exists():
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it ended meanwhile, or writes its first line
+            rows.append(sample(options.pid, options.run_dir, start))
+            with open(options.out, "w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+        time.sleep(30)
     data = np.array([row for row in rows if row[0] * 60 > options.warm_up], float)
+    if len(data) < 3:
+        sys.exit("too few samples after the warm-up")
     hours, frames, memory, files, cpu = data.T
     speed = np.diff(frames) / np.diff(cpu)
     print(f"{hours[0]:.2f} to {hours[-1]:.2f} hours, frames {frames[0]:.0f} to {frames[-1]:.0f}")
