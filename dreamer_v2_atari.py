@@ -1217,7 +1217,7 @@ class Learner:
                 torch.cuda.current_stream().wait_stream(stream)
                 return metrics
             self.static, self.graph = Batch(*(field.clone() for field in batch)), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # the prefetch thread may go on
                 self.metrics = self.update(self.static)
         for static, field in zip(self.static, batch, strict=True):
             static.copy_(field, non_blocking=True)

@@ -70,7 +70,7 @@ def test_the_graph_gets_every_batch_and_every_update_counts(script, monkeypatch)
     graphed.real_update, recorded = graphed.update, []
 
     @contextlib.contextmanager
-    def capture(graph):  # a capture records and computes nothing
+    def capture(graph, capture_error_mode):  # a capture records and computes nothing
         graphed.update = lambda batch: recorded.append(batch) or {k: v.clone() for k, v in last.items()}
         yield
         graphed.update = graphed.real_update
