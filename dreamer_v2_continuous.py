@@ -1571,6 +1571,7 @@ def tune_cpu() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: freed memory is kept rather than mapped anew at each update (about 1 GB at full
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: size)
+        mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads; memory would grow with each new prefetch thread's own
     # oneDNN's products instead of MKL's, which are slow on AMD. "bf16" only permits less precision: without AMX oneDNN
     # still computes in float32, so the setting is left alone where there is AMX.
     with contextlib.suppress(AttributeError):  # an older torch

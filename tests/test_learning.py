@@ -68,6 +68,9 @@ MEMORY_V1 = MEMORY | {"actor_entropy": 0.03, "kl_loss_coeff": 0.3, "free_nats": 
 MEMORY_V2 = MEMORY | {"total_steps": 3000, "kl_loss_coeff": 0.1, "model_learning_rate": 1.5e-3}  # the latent's price
 
 
+NO_HEAD = {"total_steps": 1500, "pred_discount": False}
+
+
 def evaluations(folder, name, env, changes, breaking=None):
     """The evaluation returns of a small run; `breaking(script, monkeypatch)` sabotages it first."""
     script = load(name)
@@ -117,6 +120,7 @@ LEARNED = [
     pytest.param(V2, "DotSteer", {"total_steps": 2000}, id="v2-continuous-dot"),
     pytest.param(ATARI, "DotSteer", {}, id="v2-atari-dot"),
     pytest.param(ATARI, "TerminalGoal", {"total_steps": 1500}, id="v2-atari-terminal"),
+    pytest.param(V2, "TerminalGoal", {"total_steps": 1500}, id="v2-continuous-terminal", marks=slow),
     pytest.param(V1, "DotSteer", {"actor_grad": "reinforce"}, id="v1-dot-reinforce", marks=slow),
     pytest.param(V1, "CueMemory", MEMORY_V1, id="v1-memory"),
     pytest.param(V2, "CueMemory", MEMORY_V2, id="v2-continuous-memory", marks=slow),
@@ -137,6 +141,7 @@ BROKEN = [
     pytest.param(V1, "CueMemory", MEMORY_V1, no_memory, id="v1-no-memory", marks=slow),
     pytest.param(V2, "CueMemory", MEMORY_V2, no_memory, id="v2-continuous-no-memory", marks=slow),
     pytest.param(ATARI, "CueMemory", MEMORY, no_memory, id="v2-atari-no-memory", marks=slow),
+    pytest.param(V2, "TerminalGoal", NO_HEAD, None, id="v2-continuous-no-discount-head", marks=slow),
     pytest.param(ATARI, "TerminalGoal", {"pred_discount": False}, None, id="v2-atari-no-discount-head", marks=slow),
 ]
 
