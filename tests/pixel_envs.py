@@ -24,8 +24,8 @@ RETURNS = {  # means over 2000 episodes, as main prints them
     "CueMemoryDiscrete-v0": {"random": 0.01, "blind": 0.03, "best": 4.0},
     "TerminalGoal-v0": {"random": 2.37, "blind": 5.71, "best": 9.6, "mistaken": 1.55},
     "TerminalGoalDiscrete-v0": {"random": 2.46, "blind": 5.71, "best": 9.6, "mistaken": 1.55},
-    "TwoPixelBall-v0": {"random": -1.47, "blind": -0.71, "best": 5.0},
-    "TwoPixelBallContinuous-v0": {"random": -1.71, "blind": -0.71, "best": 5.0},
+    "TwoPixelBall-v0": {"random": -3.41, "blind": -2.7, "best": 8.0},
+    "TwoPixelBallContinuous-v0": {"random": -3.07, "blind": -2.7, "best": 8.0},
 }
 
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
@@ -226,21 +226,20 @@ class TerminalGoal(PixelEnv):
 
 
 class TwoPixelBall(PixelEnv):
-    """Catch a ball of two pixels with a paddle: 34 steps, five balls, ended by the time limit only.
+    """Catch a ball of two pixels with a paddle: 34 steps, eight balls, ended by the time limit only.
 
-    In Pong's colours, the ball one pixel wide and two high. A ball appears at the top in one of seven columns, falls
-    straight down by 9 pixels a step and lands 6 steps later beside or on the paddle, which is 18 pixels wide and moves
-    by at most 8 a step (Discrete(3): left, stay, right); the next step brings the next ball. Reward when a ball lands:
+    The ball is one pixel wide and two high, white on black. It appears at the top in one of three columns, falls
+    straight down by 18 pixels a step and lands 3 steps later beside or on the paddle, which is 18 pixels wide and moves
+    by at most 14 a step (Discrete(3): left, stay, right); the next step brings the next ball. Reward when a ball lands:
     +1 if a pixel of the paddle is under it, else -1; all other steps 0. Every ball can be caught by an agent that sets
     out at once. State: ball x, ball y, paddle x, in units of the screen.
-    Random and blind (does not see the ball; the middle is as good as any place) fail: the paddle covers two or three
-    of the seven columns. The ball is but two of the 4096 pixels of the image error, yet the reward depends on it.
+    Random and blind (does not see the ball; the middle is as good as any place) fail: the paddle covers one of the
+    three columns. The ball is but two of the 4096 pixels of the image error, yet the reward depends on it.
     """
 
-    background = (144, 72, 17)
     num_state = 3
-    columns = (8, 16, 24, 32, 40, 48, 56)
-    fall_steps, fall, speed, half = 6, 9, 8.0, 9
+    columns = (12, 32, 52)
+    fall_steps, fall, speed, half = 3, 18, 14.0, 9
 
     def start(self):
         self.paddle = 32.0  # the paddle's middle
