@@ -1488,8 +1488,9 @@ def open_loop(agent: Dreamer, batch: Batch, context: int = 5) -> tuple[np.ndarra
 
 
 def evaluate(agent: Dreamer, args: Args, episodes: int, seed: int, stop: list) -> tuple[list[float], np.ndarray]:
-    """Plays with the actor's mode. Returns the episodes' returns and the first one's frames (T, 64, 64, 3).
+    """Plays with the actor's mode. Returns the episodes' returns and, with `capture_video`, the first one's frames.
 
+    Frames are (T, 64, 64, 3) uint8; without `capture_video` there is only the first: those of a long game fill memory.
     It ends early when something gets into the list `stop`.
     """
     envs = make_envs(dataclasses.replace(args, env_timeout=0), 1)
@@ -1501,7 +1502,7 @@ def evaluate(agent: Dreamer, args: Args, episodes: int, seed: int, stop: list) -
         is_first = is_last  # the row after an episode's last is the next one's first
         image, reward, _, is_last = step_envs(envs, action.cpu().numpy())
         total += float(reward[0])
-        if not returns:
+        if args.capture_video and not returns:
             frames.append(image[0])
         if is_last[0]:
             returns.append(total)

@@ -4,6 +4,7 @@ python benchmark/gifs.py dreamer_v2_continuous.py runs/<run> --out benchmark/fig
 """
 
 import argparse
+import dataclasses
 import importlib
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def main():
     shown = np.unique(np.linspace(0, length - 1, 12).astype(int))
     strip = np.concatenate([video[t, :, :64] for t in shown], 1)
     Image.fromarray(strip).resize((strip.shape[1], strip.shape[0])).save(options.out / f"imagination_{name}.png")
-    returns, frames = script.evaluate(agent, args, 1, args.seed, stop=[])
+    returns, frames = script.evaluate(agent, dataclasses.replace(args, capture_video=True), 1, args.seed, stop=[])
     frames = frames[: options.frames : 2].repeat(2, 1).repeat(2, 2)
     script.write_file(options.out / f"playing_{name}.gif", script.gif(frames, fps=20))
     print(f"return of the episode shown: {returns[0]:.2f}")
