@@ -2,8 +2,8 @@
 
     python benchmark/long_run.py --pid PID --run-dir runs/RUN --hours 2 --out long_run.csv
 
-Linux only (it reads /proc). The slopes printed at the end are those of a straight
-line through the samples after the first `--warm-up` minutes, in percent of their mean an hour.
+Linux only (it reads /proc). The slopes printed at the end are those of a straight line through the samples after the
+first `--warm-up` minutes, in percent of their mean an hour.
 """
 
 import argparse
@@ -44,12 +44,16 @@ def main():
     parser.add_argument("--warm-up", type=float, default=10.0, help="minutes")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    if not Path(f"/proc/{options.pid}").exists():
+        parser.exit(2, f"error: --pid {options.pid}: there is no such process\n")
+    if not options.run_dir.is_dir():
+        parser.exit(2, f"error: --run-dir {options.run_dir}: there is no such folder\n")
     start, rows = time.time(), []
     while time.time() - start < options.hours * 3600 and Path(f"/proc/{options.pid}").exists():
         with contextlib.suppress(OSError, ValueError, IndexError):  # it ended meanwhile, or writes its first line
             rows.append(sample(options.pid, options.run_dir, start))
-            with open(options.out, "w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+        with open(options.out, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
         time.sleep(30)
     data = np.array([row for row in rows if row[0] * 60 > options.warm_up], float)
     if len(data) < 3:

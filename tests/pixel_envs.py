@@ -228,7 +228,7 @@ class TerminalGoal(PixelEnv):
 class TwoPixelBall(PixelEnv):
     """Catch a ball of two pixels with a paddle: 34 steps, eight balls, ended by the time limit only.
 
-    The ball is one pixel wide and two high, white on black. It appears at the top in one of three columns, falls
+    The ball is one pixel wide and two high, light on black. It appears at the top in one of three columns, falls
     straight down by 18 pixels a step and lands 3 steps later beside or on the paddle, which is 18 pixels wide and moves
     by at most 14 a step (Discrete(3): left, stay, right); the next step brings the next ball. Reward when a ball lands:
     +1 if a pixel of the paddle is under it, else -1; all other steps 0. Every ball can be caught by an agent that sets

@@ -67,7 +67,7 @@ MEMORY = {"batch_size": 8, "train_seq_len": 26, "total_steps": 4000}  # a sequen
 MEMORY_V1 = MEMORY | {"actor_entropy": 0.03, "kl_loss_coeff": 0.3, "free_nats": 0.0}  # else the actor saturates first
 MEMORY_V2 = MEMORY | {"total_steps": 3000, "kl_loss_coeff": 0.1, "model_learning_rate": 1.5e-3}  # the latent's price
 MEMORY_V1_REINFORCE = MEMORY_V1 | {"actor_grad": "reinforce", "actor_learning_rate": 1e-3, "total_steps": 8000}
-BALL = {"total_steps": 8000, "cnn_depth": 12, "kl_loss_coeff": 0.1}  # the Atari defaults' KL; drawn after 2000 updates
+BALL = {"total_steps": 8000, "cnn_depth": 12, "kl_loss_coeff": 0.1}  # the Atari defaults' KL; drawn after 2500 updates
 NO_HEAD = {"total_steps": 1500, "pred_discount": False}
 
 
