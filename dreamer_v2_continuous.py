@@ -1529,15 +1529,14 @@ class Counters:
     next_save: int = 0
 
 
-def prefetch(replay: Replay, rng: np.random.Generator, args: Args, count: int):
-    """`count` batches; while one is used a thread gathers the next. The order of draws is that of a plain loop."""
-    with ThreadPoolExecutor(1) as pool:
-        future = None
-        for remaining in reversed(range(count)):
-            batch = future.result() if future else replay.sample(rng, args.batch_size, args.train_seq_len)
-            if remaining:
-                future = pool.submit(replay.sample, rng, args.batch_size, args.train_seq_len)
-            yield batch
+def prefetch(pool: ThreadPoolExecutor, replay: Replay, rng: np.random.Generator, args: Args, count: int):
+    """`count` batches; while one is used the pool's thread gathers the next. The order of draws is a plain loop's."""
+    future = None
+    for remaining in reversed(range(count)):
+        batch = future.result() if future else replay.sample(rng, args.batch_size, args.train_seq_len)
+        if remaining:
+            future = pool.submit(replay.sample, rng, args.batch_size, args.train_seq_len)
+        yield batch
 
 
 def open_run(args: Args) -> tuple[Path, dict | None]:
@@ -1572,7 +1571,7 @@ def tune_cpu() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: freed memory is kept rather than mapped anew at each update (about 1 GB at full
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: size)
-        mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads; memory would grow with each new prefetch thread's own
+        mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads
     # oneDNN's products instead of MKL's, which are slow on AMD. "bf16" only permits less precision: without AMX oneDNN
     # still computes in float32, so the setting is left alone where there is AMX.
     with contextlib.suppress(AttributeError):  # an older torch
@@ -1645,6 +1644,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
     bar = tqdm(total=args.total_steps, initial=counters.frames, unit="frame", mininterval=interval)
     stack.callback(bar.close)
     stack.callback(lambda: envs and close_envs(envs))
+    pool = stack.enter_context(ThreadPoolExecutor(1))  # one thread for the whole run: each new one may add a heap
     while counters.frames < args.total_steps and not stop_signals:
         try:
             # RESET, at the start and after an environment broke: fresh episodes everywhere
@@ -1701,7 +1701,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         if counters.frames >= counters.next_train and len(replay) >= args.train_seq_len:
             counters.updates_due += args.update_steps if learner.updates else args.pretrain
             counters.next_train = max(counters.next_train, counters.frames - args.collect_steps) + args.collect_steps
-        for batch in prefetch(replay, rng, args, counters.updates_due):
+        for batch in prefetch(pool, replay, rng, args, counters.updates_due):
             metrics = learner(batch)
             counters.updates_due -= 1
             bar.update(0)
@@ -1755,6 +1755,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
             save()
 
     if stop_signals:
+        pool.shutdown()  # the thread may be drawing a batch, with the random state that is saved
         save()
         print(f"\nstopped and saved at frame {counters.frames}; continue with --resume {run_dir}", file=sys.stderr)
 
