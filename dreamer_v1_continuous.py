@@ -393,24 +393,6 @@ def make_env(args: Args) -> gym.Env:
     return Pixels(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)), args.action_repeat)
 
 
-def probe_env(args: Args) -> tuple[tuple[int, ...], int]:
-    """Makes and resets one environment, so that a bad one is told in one line before anything is created.
-
-    Returns the image shape (C, 64, 64) and the action size.
-    """
-    try:
-        env = make_env(args)
-        env.reset(seed=args.seed)
-        env.close()
-    except UserError:
-        raise
-    except Exception as error:  # whatever a third party's environment raises
-        no_gl = re.search("EGL|OpenGL|eglQuery|glGetError|OSMesa", str(error))
-        hint = "(apt-get install --no-install-recommends libegl1 libgl1)" if no_gl else ""
-        raise UserError(f"cannot use {args.env_id}: {type(error).__name__}: {str(error)[:300]} {hint}") from None
-    return env.observation_space.shape, int(gym.spaces.flatdim(env.action_space))
-
-
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     """Environments side by side. NEXT_STEP autoreset: the last observation is a row of its own, then comes the reset's.
 
@@ -420,6 +402,24 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     if num_envs == 1 and not args.env_timeout:
         return gym.vector.SyncVectorEnv(thunks)
     return gym.vector.AsyncVectorEnv(thunks, context="spawn")
+
+
+def probe_env(args: Args) -> tuple[tuple[int, ...], int]:
+    """Makes and resets one environment, so that a bad one is told in one line before anything is created.
+
+    Returns the image shape (C, 64, 64) and the action size.
+    """
+    try:
+        envs = make_envs(dataclasses.replace(args, env_timeout=0), 1)
+        envs.reset(seed=args.seed)
+        envs.close()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a third party's environment raises
+        no_gl = re.search("EGL|OpenGL|eglQuery|glGetError|OSMesa", str(error))
+        hint = "(apt-get install --no-install-recommends libegl1 libgl1)" if no_gl else ""
+        raise UserError(f"cannot use {args.env_id}: {type(error).__name__}: {str(error)[:300]} {hint}") from None
+    return envs.single_observation_space.shape, int(gym.spaces.flatdim(envs.single_action_space))
 
 
 def close_envs(envs: gym.vector.VectorEnv) -> None:
@@ -928,7 +928,7 @@ def action_metrics(action: Tensor) -> dict[str, Tensor]:
     return {"actor/saturated": (action.abs() > 0.99).float().mean()}
 
 
-def value_loss(value: nn.Module, feat: Tensor, returns: Tensor, weight: Tensor) -> Tensor:
+def critic_loss(value: nn.Module, feat: Tensor, returns: Tensor, weight: Tensor) -> Tensor:
     """Equation 8: regress V(s_t) on the stopped return G_t. feat (H-1, N, feat); returns and weight (H-1, N)."""
     return (weight * normal_nll(value(feat.detach()).float().squeeze(-1), returns.detach())).mean()
 
@@ -1027,19 +1027,6 @@ def autocast(args: Args, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
-@contextlib.contextmanager
-def frozen(*modules: nn.Module):
-    """Gradients pass through these modules, none are computed for their weights."""
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-
-
 class Learner:
     """An agent with its three optimizers. Calling it with a batch does one update of everything and returns metrics.
 
@@ -1099,7 +1086,9 @@ class Learner:
         metrics |= self.step("model", loss)
 
         # BEHAVIOUR LEARNING: imagine from every posterior state, through weights that stay as they are
-        with frozen(model, agent.value), autocast(args, self.device):
+        for module in (model, agent.value):  # gradients pass through them, none are computed for their weights
+            module.requires_grad_(False)
+        with autocast(args, self.device):
             if model.discount is not None:  # the last state's episode may be over (official code)
                 post = State(*(field[:-1] for field in post))
             start = State(*(field.detach().flatten(0, 1) for field in post))  # (N, ...)
@@ -1112,13 +1101,15 @@ class Learner:
                     discount = model.discount(feat[1:]).float().squeeze(-1).sigmoid()
                 returns = lambda_return(reward[:-1], value[:-1], discount[:-1], value[-1], args.td_lambda)  # (H-1, N)
             weight = torch.cat([torch.ones_like(discount[:1]), discount[:-2]]).cumprod(0).detach()
-        with frozen(model, agent.value), autocast(args, self.device):  # anew: autocast keeps casts without gradient
+        with autocast(args, self.device):  # anew: autocast keeps casts without gradient
             loss, entropy = actor_loss(agent.actor, agent.value, feat, action, returns, weight, args)
+        for module in (model, agent.value):
+            module.requires_grad_(True)
         metrics |= (
             {"losses/actor": loss, "actor/entropy": entropy} | action_metrics(action[1:]) | self.step("actor", loss)
         )
         with autocast(args, self.device):
-            loss = value_loss(agent.value, feat[1:-1], returns, weight)
+            loss = critic_loss(agent.value, feat[1:-1], returns, weight)
         metrics |= {"losses/value": loss, "imagined/return": returns.mean()} | self.step("value", loss)
         return {name: metric.detach() for name, metric in metrics.items()}
 
@@ -1365,6 +1356,46 @@ class Counters:
     next_save: int = 0
 
 
+class SturdyEnvs:
+    """A run's environments. If one raises, dies or hangs, all are started again; five times in a row end the run."""
+
+    def __init__(self, args: Args, counters: Counters, logger: Logger):
+        self.args, self.counters, self.logger = args, counters, logger
+        self.envs, self.faults = None, 0
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Fresh episodes everywhere; returns their images (N, C, 64, 64)."""
+        while True:
+            try:
+                self.envs = self.envs or make_envs(self.args, self.args.num_envs)
+                return self.envs.reset(seed=seed + self.faults)[0]
+            except Exception as error:  # whatever an environment raises
+                self.broke(error)
+
+    def step(self, action: np.ndarray):
+        """`step_envs`, or None if an environment broke."""
+        try:
+            return step_envs(self.envs, action, self.args.env_timeout)
+        except Exception as error:  # whatever an environment raises, or a worker's death
+            self.broke(error)
+
+    def broke(self, error: Exception) -> None:
+        self.close()
+        if isinstance(error, UserError):
+            raise error
+        self.faults += 1
+        self.counters.env_restarts += 1
+        cause = f"{self.args.env_id} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if self.faults == 5:
+            raise UserError(f"five times in a row {cause}")
+        self.logger.warn(f"env {self.faults}", f"{cause}; it is started again")
+
+    def close(self) -> None:
+        if self.envs is not None:
+            close_envs(self.envs)
+        self.envs = None
+
+
 def prefetch(pool: ThreadPoolExecutor, replay: Replay, rng: np.random.Generator, args: Args, count: int):
     """`count` batches; while one is used the pool's thread gathers the next. The order of draws is a plain loop's."""
     future = None
@@ -1416,7 +1447,7 @@ def tune_cpu() -> None:
 
 
 def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None:
-    """The training loop: act, step, store, learn, log, evaluate, save. `stack` closes what it opens."""
+    """The training loop: act, learn, step, store, log, evaluate, save. `stack` closes what it opens."""
     # SETUP
     rng = np.random.default_rng(args.seed)
     image_shape, action_size = probe_env(args)
@@ -1471,49 +1502,52 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         signal.signal(number, stop)
 
     # TRAINING LOOP
-    envs, is_first, is_last = None, np.ones(args.num_envs, bool), np.zeros(args.num_envs, bool)
+    envs = SturdyEnvs(args, counters, logger)
+    stack.callback(envs.close)
+    image, is_first, is_last = None, np.ones(args.num_envs, bool), np.zeros(args.num_envs, bool)
     state = agent.initial_state(args.num_envs)
     episode_return, episode_frames = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
-    metrics, image_errors, faults, saved_rows = {}, [], 0, replay.total
+    metrics, image_errors, saved_rows = {}, [], replay.total
     start, start_frames, start_updates = time.time(), counters.frames, learner.updates
     interval = 0.5 if sys.stderr.isatty() else 30
     bar = tqdm(total=args.total_steps, initial=counters.frames, unit="frame", mininterval=interval)
     stack.callback(bar.close)
-    stack.callback(lambda: envs and close_envs(envs))
     pool = stack.enter_context(ThreadPoolExecutor(1))  # one thread for the whole run: each new one may add a heap
     while counters.frames < args.total_steps and not stop_signals:
-        try:
-            # RESET, at the start and after an environment broke: fresh episodes everywhere
-            if envs is None:
-                envs = make_envs(args, args.num_envs)
-                image, _ = envs.reset(seed=args.seed + counters.frames + faults)
-                is_first[:], is_last[:] = True, False
-                zeros = np.zeros((args.num_envs, action_size), np.float32)
-                replay.close_streams()
-                replay.add(image, zeros, zeros[:, 0], is_first, is_last, is_last)
-                episode_return[:], episode_frames[:] = 0, 0
+        # RESET, at the start and after an environment broke
+        if image is None:
+            image = envs.reset(args.seed + counters.frames)
+            is_first[:], is_last[:] = True, False
+            zeros = np.zeros((args.num_envs, action_size), np.float32)
+            replay.close_streams()
+            replay.add(image, zeros, zeros[:, 0], is_first, is_last, is_last)
+            episode_return[:], episode_frames[:] = 0, 0
 
-            # ACT
-            if counters.frames < args.seed_steps:
-                action = random_actions(rng, args.num_envs, action_size)
-            else:
-                action, state = agent.policy(image, state, is_first, noise=args.action_noise)
-                action = action.cpu().numpy()
-            image, reward, is_terminal, ended = step_envs(envs, action, args.env_timeout)
-        except UserError:
-            raise
-        except Exception as error:  # whatever an environment raises, or a worker's death
-            faults += 1
-            cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            logger.warn(f"env {faults}", f"{args.env_id} failed ({cause}); it is started again")
-            counters.env_restarts += 1
-            if envs is not None:
-                close_envs(envs)
-            envs = None
-            if faults == 5:
-                save()
-                raise UserError(f"{args.env_id} failed 5 times in a row: {cause}") from None
+        # ACT
+        if counters.frames < args.seed_steps:
+            action = random_actions(rng, args.num_envs, action_size)
+        else:
+            action, state = agent.policy(image, state, is_first, noise=args.action_noise)
+            action = action.cpu().numpy()
+
+        # LEARN: on CUDA an update is only started here, and runs while the environments step
+        if counters.frames >= counters.next_train and len(replay) >= args.train_seq_len:
+            counters.updates_due += args.update_steps if learner.updates else args.pretrain
+            counters.next_train = max(counters.next_train, counters.frames - args.collect_steps) + args.collect_steps
+        for batch in prefetch(pool, replay, rng, args, counters.updates_due):
+            metrics = learner(batch)
+            counters.updates_due -= 1
+            bar.update(0)
+            if stop_signals:
+                break
+
+        # STEP
+        rows = envs.step(action)
+        if rows is None:
+            image = None
+            save()
             continue
+        image, reward, is_terminal, ended = rows
 
         # STORE
         if not np.isfinite(reward).all():
@@ -1530,19 +1564,8 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
             values = {"charts/episodic_return": episode_return[env], "charts/episodic_length": episode_frames[env]}
             logger.scalars(counters.frames, {name: float(value) for name, value in values.items()})
             bar.set_postfix({"return": f"{episode_return[env]:.1f}"}, refresh=False)
-            episode_return[env], episode_frames[env], faults = 0, 0, 0
+            episode_return[env], episode_frames[env], envs.faults = 0, 0, 0
             counters.episodes += 1
-
-        # LEARN
-        if counters.frames >= counters.next_train and len(replay) >= args.train_seq_len:
-            counters.updates_due += args.update_steps if learner.updates else args.pretrain
-            counters.next_train = max(counters.next_train, counters.frames - args.collect_steps) + args.collect_steps
-        for batch in prefetch(pool, replay, rng, args, counters.updates_due):
-            metrics = learner(batch)
-            counters.updates_due -= 1
-            bar.update(0)
-            if stop_signals:
-                break
 
         # LOG
         done = counters.frames >= args.total_steps

@@ -338,7 +338,7 @@ def atari_game(env_id: str) -> str | None:
 class Atari(gym.vector.VectorWrapper):
     """Games in ALE's own threads: (N, 1, 64, 64) grey, the maximum of the last two of the repeated frames.
 
-    `life_lost` in the info marks the rows on which a life was lost.
+    With `terminal_on_life_loss`, `life_lost` in the info marks the rows on which a life was lost.
     """
 
     def __init__(self, args: Args, game: str, num_envs: int):
@@ -358,6 +358,7 @@ class Atari(gym.vector.VectorWrapper):
             use_fire_reset=False,
         )
         super().__init__(envs)
+        self.terminal_on_life_loss = args.terminal_on_life_loss
 
     def reset(self, **kwargs):
         image, info = self.env.reset(**kwargs)
@@ -366,7 +367,8 @@ class Atari(gym.vector.VectorWrapper):
 
     def step(self, action: np.ndarray):
         image, reward, terminated, truncated, info = self.env.step(action)
-        info["life_lost"] = (info["lives"] < self.lives) & ~self.ended  # a new game may have fewer lives than the old
+        if self.terminal_on_life_loss:
+            info["life_lost"] = (info["lives"] < self.lives) & ~self.ended  # a new game may have fewer than the old one
         self.lives, self.ended = info["lives"].copy(), terminated | truncated
         return image, reward, terminated, truncated, info
 
@@ -419,29 +421,6 @@ def make_env(args: Args) -> gym.Env:
     return Pixels(env, args.action_repeat)
 
 
-def probe_env(args: Args) -> tuple[tuple[int, ...], int]:
-    """Makes and resets one environment, so that a bad one is told in one line before anything is created.
-
-    Returns the image shape (C, 64, 64) and the action size.
-    """
-    try:
-        if game := atari_game(args.env_id):
-            env = Atari(args, game, 1)
-            env.reset(seed=args.seed)
-            env.close()
-            return env.single_observation_space.shape, int(env.single_action_space.n)
-        env = make_env(args)
-        env.reset(seed=args.seed)
-        env.close()
-    except UserError:
-        raise
-    except Exception as error:  # whatever a third party's environment raises
-        no_gl = re.search("EGL|OpenGL|eglQuery|glGetError|OSMesa", str(error))
-        hint = "(apt-get install --no-install-recommends libegl1 libgl1)" if no_gl else ""
-        raise UserError(f"cannot use {args.env_id}: {type(error).__name__}: {str(error)[:300]} {hint}") from None
-    return env.observation_space.shape, int(gym.spaces.flatdim(env.action_space))
-
-
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     """Environments side by side. NEXT_STEP autoreset: the last observation is a row of its own, then comes the reset's.
 
@@ -453,6 +432,24 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     if num_envs == 1 and not args.env_timeout:
         return gym.vector.SyncVectorEnv(thunks)
     return gym.vector.AsyncVectorEnv(thunks, context="spawn")
+
+
+def probe_env(args: Args) -> tuple[tuple[int, ...], int]:
+    """Makes and resets one environment, so that a bad one is told in one line before anything is created.
+
+    Returns the image shape (C, 64, 64) and the action size.
+    """
+    try:
+        envs = make_envs(dataclasses.replace(args, env_timeout=0), 1)
+        envs.reset(seed=args.seed)
+        envs.close()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a third party's environment raises
+        no_gl = re.search("EGL|OpenGL|eglQuery|glGetError|OSMesa", str(error))
+        hint = "(apt-get install --no-install-recommends libegl1 libgl1)" if no_gl else ""
+        raise UserError(f"cannot use {args.env_id}: {type(error).__name__}: {str(error)[:300]} {hint}") from None
+    return envs.single_observation_space.shape, int(gym.spaces.flatdim(envs.single_action_space))
 
 
 def close_envs(envs: gym.vector.VectorEnv) -> None:
@@ -471,9 +468,7 @@ def random_actions(rng: np.random.Generator, num_envs: int, action_size: int) ->
     return np.eye(action_size, dtype=np.float32)[rng.integers(action_size, size=num_envs)]
 
 
-def step_envs(
-    envs: gym.vector.VectorEnv, action: np.ndarray, timeout: float = 0.0, terminal_on_life_loss: bool = False
-):
+def step_envs(envs: gym.vector.VectorEnv, action: np.ndarray, timeout: float = 0.0):
     """One step of all environments: image (N, C, 64, 64), reward, is_terminal and is_last (N,).
 
     `action`: one-hot (N, action); `timeout`: seconds given to environments in processes of their own (0: no limit).
@@ -484,7 +479,7 @@ def step_envs(
         image, reward, terminated, truncated, info = envs.step_wait(timeout)
     else:
         image, reward, terminated, truncated, info = envs.step(action)
-    is_terminal = terminated | info["life_lost"] if terminal_on_life_loss and "life_lost" in info else terminated
+    is_terminal = terminated | info.get("life_lost", False)
     return image, reward, is_terminal, terminated | truncated
 
 
@@ -1051,7 +1046,7 @@ def action_metrics(action: Tensor) -> dict[str, Tensor]:
     return {"actor/most_common": action.flatten(0, -2).mean(0).max()}
 
 
-def value_loss(value: nn.Module, feat: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def critic_loss(value: nn.Module, feat: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Equation 5: regress v(s_t) on the stopped target G_t. feat (H, N, feat); target and weight (H, N)."""
     return (weight * normal_nll(value(feat.detach()).float().squeeze(-1), target.detach())).mean()
 
@@ -1152,19 +1147,6 @@ def autocast(args: Args, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
-@contextlib.contextmanager
-def frozen(*modules: nn.Module):
-    """Gradients pass through these modules, none are computed for their weights."""
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-
-
 class Learner:
     """An agent with its three optimizers. Calling it with a batch does one update of everything and returns metrics.
 
@@ -1239,7 +1221,8 @@ class Learner:
         #   reward      r_0       r_1       r_2          r_H        on arriving at the state
         #   discount    d_0       d_1       d_2          d_H        d_0 is the true one: 0 if the episode is over there
         #   weight      1         d_0       d_0 d_1                 that the imagined episode got this far
-        with frozen(model), autocast(args, self.device):
+        model.requires_grad_(False)  # gradients pass through the world model, none are computed for its weights
+        with autocast(args, self.device):
             start = State(*(field.detach().flatten(0, 1) for field in post))  # (N, ...)
             with torch.set_grad_enabled(args.actor_grad != "reinforce"):
                 feat, action = imagine(model.rssm, agent.actor, start, args.imagine_horizon)
@@ -1252,13 +1235,14 @@ class Learner:
                     discount = torch.cat([true_discount[None], discount[1:]])
                 target = lambda_return(reward[:-1], value[:-1], discount[:-1], value[-1], args.td_lambda)  # (H, N)
             weight = torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0).detach()  # (H+1, N)
-        with frozen(model), autocast(args, self.device):  # anew: autocast keeps casts without gradient
+        with autocast(args, self.device):  # anew: autocast keeps casts without gradient
             loss, entropy = actor_loss(agent.actor, feat, action, target, value[:-2], weight[:-2], args)
+        model.requires_grad_(True)
         metrics |= (
             {"losses/actor": loss, "actor/entropy": entropy} | action_metrics(action[1:]) | self.step("actor", loss)
         )
         with autocast(args, self.device):
-            loss = value_loss(agent.value, feat[:-1], target, weight[:-1])
+            loss = critic_loss(agent.value, feat[:-1], target, weight[:-1])
         metrics |= {"losses/value": loss, "imagined/return": target.mean()} | self.step("value", loss)
         return {name: metric.detach() for name, metric in metrics.items()}
 
@@ -1505,6 +1489,46 @@ class Counters:
     next_save: int = 0
 
 
+class SturdyEnvs:
+    """A run's environments. If one raises, dies or hangs, all are started again; five times in a row end the run."""
+
+    def __init__(self, args: Args, counters: Counters, logger: Logger):
+        self.args, self.counters, self.logger = args, counters, logger
+        self.envs, self.faults = None, 0
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Fresh episodes everywhere; returns their images (N, C, 64, 64)."""
+        while True:
+            try:
+                self.envs = self.envs or make_envs(self.args, self.args.num_envs)
+                return self.envs.reset(seed=seed + self.faults)[0]
+            except Exception as error:  # whatever an environment raises
+                self.broke(error)
+
+    def step(self, action: np.ndarray):
+        """`step_envs`, or None if an environment broke."""
+        try:
+            return step_envs(self.envs, action, self.args.env_timeout)
+        except Exception as error:  # whatever an environment raises, or a worker's death
+            self.broke(error)
+
+    def broke(self, error: Exception) -> None:
+        self.close()
+        if isinstance(error, UserError):
+            raise error
+        self.faults += 1
+        self.counters.env_restarts += 1
+        cause = f"{self.args.env_id} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if self.faults == 5:
+            raise UserError(f"five times in a row {cause}")
+        self.logger.warn(f"env {self.faults}", f"{cause}; it is started again")
+
+    def close(self) -> None:
+        if self.envs is not None:
+            close_envs(self.envs)
+        self.envs = None
+
+
 def prefetch(pool: ThreadPoolExecutor, replay: Replay, rng: np.random.Generator, args: Args, count: int):
     """`count` batches; while one is used the pool's thread gathers the next. The order of draws is a plain loop's."""
     future = None
@@ -1556,7 +1580,7 @@ def tune_cpu() -> None:
 
 
 def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None:
-    """The training loop: act, step, store, learn, log, evaluate, save. `stack` closes what it opens."""
+    """The training loop: act, learn, step, store, log, evaluate, save. `stack` closes what it opens."""
     # SETUP
     rng = np.random.default_rng(args.seed)
     image_shape, action_size = probe_env(args)
@@ -1611,49 +1635,52 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         signal.signal(number, stop)
 
     # TRAINING LOOP
-    envs, is_first, is_last = None, np.ones(args.num_envs, bool), np.zeros(args.num_envs, bool)
+    envs = SturdyEnvs(args, counters, logger)
+    stack.callback(envs.close)
+    image, is_first, is_last = None, np.ones(args.num_envs, bool), np.zeros(args.num_envs, bool)
     state = agent.initial_state(args.num_envs)
     episode_return, episode_frames = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
-    metrics, image_errors, faults, saved_rows = {}, [], 0, replay.total
+    metrics, image_errors, saved_rows = {}, [], replay.total
     start, start_frames, start_updates = time.time(), counters.frames, learner.updates
     interval = 0.5 if sys.stderr.isatty() else 30
     bar = tqdm(total=args.total_steps, initial=counters.frames, unit="frame", mininterval=interval)
     stack.callback(bar.close)
-    stack.callback(lambda: envs and close_envs(envs))
     pool = stack.enter_context(ThreadPoolExecutor(1))  # one thread for the whole run: each new one may add a heap
     while counters.frames < args.total_steps and not stop_signals:
-        try:
-            # RESET, at the start and after an environment broke: fresh episodes everywhere
-            if envs is None:
-                envs = make_envs(args, args.num_envs)
-                image, _ = envs.reset(seed=args.seed + counters.frames + faults)
-                is_first[:], is_last[:] = True, False
-                zeros = np.zeros((args.num_envs, action_size), np.float32)
-                replay.close_streams()
-                replay.add(image, zeros, zeros[:, 0], is_first, is_last, is_last)
-                episode_return[:], episode_frames[:] = 0, 0
+        # RESET, at the start and after an environment broke
+        if image is None:
+            image = envs.reset(args.seed + counters.frames)
+            is_first[:], is_last[:] = True, False
+            zeros = np.zeros((args.num_envs, action_size), np.float32)
+            replay.close_streams()
+            replay.add(image, zeros, zeros[:, 0], is_first, is_last, is_last)
+            episode_return[:], episode_frames[:] = 0, 0
 
-            # ACT
-            if counters.frames < args.seed_steps:
-                action = random_actions(rng, args.num_envs, action_size)
-            else:
-                action, state = agent.policy(image, state, is_first, noise=args.action_noise)
-                action = action.cpu().numpy()
-            image, reward, is_terminal, ended = step_envs(envs, action, args.env_timeout, args.terminal_on_life_loss)
-        except UserError:
-            raise
-        except Exception as error:  # whatever an environment raises, or a worker's death
-            faults += 1
-            cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            logger.warn(f"env {faults}", f"{args.env_id} failed ({cause}); it is started again")
-            counters.env_restarts += 1
-            if envs is not None:
-                close_envs(envs)
-            envs = None
-            if faults == 5:
-                save()
-                raise UserError(f"{args.env_id} failed 5 times in a row: {cause}") from None
+        # ACT
+        if counters.frames < args.seed_steps:
+            action = random_actions(rng, args.num_envs, action_size)
+        else:
+            action, state = agent.policy(image, state, is_first, noise=args.action_noise)
+            action = action.cpu().numpy()
+
+        # LEARN: on CUDA an update is only started here, and runs while the environments step
+        if counters.frames >= counters.next_train and len(replay) >= args.train_seq_len:
+            counters.updates_due += args.update_steps if learner.updates else args.pretrain
+            counters.next_train = max(counters.next_train, counters.frames - args.collect_steps) + args.collect_steps
+        for batch in prefetch(pool, replay, rng, args, counters.updates_due):
+            metrics = learner(batch)
+            counters.updates_due -= 1
+            bar.update(0)
+            if stop_signals:
+                break
+
+        # STEP
+        rows = envs.step(action)
+        if rows is None:
+            image = None
+            save()
             continue
+        image, reward, is_terminal, ended = rows
 
         # STORE
         if not np.isfinite(reward).all():
@@ -1670,19 +1697,8 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
             values = {"charts/episodic_return": episode_return[env], "charts/episodic_length": episode_frames[env]}
             logger.scalars(counters.frames, {name: float(value) for name, value in values.items()})
             bar.set_postfix({"return": f"{episode_return[env]:.1f}"}, refresh=False)
-            episode_return[env], episode_frames[env], faults = 0, 0, 0
+            episode_return[env], episode_frames[env], envs.faults = 0, 0, 0
             counters.episodes += 1
-
-        # LEARN
-        if counters.frames >= counters.next_train and len(replay) >= args.train_seq_len:
-            counters.updates_due += args.update_steps if learner.updates else args.pretrain
-            counters.next_train = max(counters.next_train, counters.frames - args.collect_steps) + args.collect_steps
-        for batch in prefetch(pool, replay, rng, args, counters.updates_due):
-            metrics = learner(batch)
-            counters.updates_due -= 1
-            bar.update(0)
-            if stop_signals:
-                break
 
         # LOG
         done = counters.frames >= args.total_steps

@@ -174,12 +174,12 @@ def test_actions_are_all_18_or_the_games_own(full_action_space):
 
 def play_breakout(terminal_on_life_loss: bool, games: int) -> list[tuple[bool, bool, int]]:
     """is_terminal, is_last and lives of each row of so many games, with the resets between them."""
-    envs = make("atari/breakout", sticky_actions=False)
+    envs = make("atari/breakout", sticky_actions=False, terminal_on_life_loss=terminal_on_life_loss)
     envs.reset(seed=0)
     rows, rng = [], np.random.default_rng(0)
     while sum(is_last for _, is_last, _ in rows) < games:
         action = one_hot([rng.integers(4)], 4)
-        _, _, is_terminal, is_last = atari.step_envs(envs, action, terminal_on_life_loss=terminal_on_life_loss)
+        _, _, is_terminal, is_last = atari.step_envs(envs, action)
         rows.append((bool(is_terminal[0]), bool(is_last[0]), int(envs.lives[0])))
     envs.close()
     return rows
@@ -217,9 +217,9 @@ class Lives(gym.vector.VectorEnv):
 
 def test_a_reset_that_brings_fewer_lives_is_no_lost_life(monkeypatch):
     monkeypatch.setattr(atari, "AtariVectorEnv", Lives)
-    envs = make("atari/breakout")
+    envs = make("atari/breakout", terminal_on_life_loss=True)
     envs.reset(seed=0)
-    steps = [atari.step_envs(envs, one_hot([0], 2), terminal_on_life_loss=True) for _ in range(4)]
+    steps = [atari.step_envs(envs, one_hot([0], 2)) for _ in range(4)]
     assert [bool(is_terminal[0]) for _, _, is_terminal, _ in steps] == [False, False, False, True]
 
 

@@ -509,7 +509,7 @@ def test_an_environment_that_fails_is_started_again(script, name, changes, tmp_p
 
 def test_an_environment_that_keeps_failing_ends_the_run_with_its_cause(script, tmp_path):
     flags = small(script, env_id=env_id(script, "Raises", "tests.faulty_envs"))
-    with pytest.raises(script.UserError, match="5 times in a row.*RuntimeError: the simulator fell over"):
+    with pytest.raises(script.UserError, match="five times in a row.*RuntimeError: the simulator fell over"):
         train(script, tmp_path, flags)
     (run_dir,) = tmp_path.glob("runs/*")
     assert script.load_checkpoint(run_dir)["counters"]["env_restarts"] >= 4

@@ -19,7 +19,6 @@ BETWEEN_THE_V2_SCRIPTS = {
     "Args": "defaults, Atari's flags, the flag for the continuous actor's distribution",
     "check_args": "Atari's action_noise is a probability",
     "make_env": ENVIRONMENTS,
-    "probe_env": ENVIRONMENTS,
     "make_envs": ENVIRONMENTS,
     "step_envs": ENVIRONMENTS,
     "random_actions": "one-hot or uniform",
@@ -30,7 +29,6 @@ BETWEEN_THE_V2_SCRIPTS = {
     "action_metrics": "what a collapsed policy looks like",
     "diagnose": "what a collapsed policy looks like",
     "Dreamer.policy": "exploration by random actions or by additive noise",
-    "train": "life loss as a terminal",
 }
 BETWEEN_V1_AND_V2_CONTINUOUS = {
     "Args": "the two algorithms' flags and defaults",
@@ -59,7 +57,7 @@ BETWEEN_V1_AND_V2_CONTINUOUS = {
     "imagine": EQUATION,
     "lambda_return": EQUATION,
     "actor_loss": "V1's start state has no return of its own; V2 has a baseline and an entropy bonus",
-    "value_loss": EQUATION,
+    "critic_loss": EQUATION,
     "WorldModel.__init__": HEADS,
     "Dreamer.__init__": "V2 has a slow critic",
     "Dreamer.parameter_count": "V2's slow critic is not trained",

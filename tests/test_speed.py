@@ -1,13 +1,14 @@
 """Promises about the speed of updates: static shapes, no recompilation, one CUDA graph, the same numbers everywhere."""
 
 import contextlib
+import re
 import time
 
 import numpy as np
 import pytest
 import torch
 
-from tests.running import SCRIPTS, load, small_args
+from tests.running import SCRIPTS, load, small, small_args, train
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -90,6 +91,21 @@ def test_the_graph_gets_every_batch_and_every_update_counts(script, monkeypatch)
         assert expected.keys() == last.keys()
         assert all(torch.equal(expected[name], last[name]) for name in expected), f"update {seed}"
     assert len(recorded) == 1, "captured once"
+
+
+def test_updates_are_started_between_the_policys_step_and_the_environments(script, tmp_path, monkeypatch):
+    """So a GPU, which works through them on its own, learns while the environments step on the CPU."""
+    events = []
+
+    def watch(owner, name):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: events.append(name[0]) or function(*args, **kwargs))
+
+    watch(script.Dreamer, "policy")
+    watch(script.Learner, "update")
+    watch(script, "step_envs")
+    train(script, tmp_path, small(script))
+    assert re.fullmatch("s+(pu*s)+", "".join(events)) and events.count("u") > 5
 
 
 def test_the_replay_gives_a_v1_batch_within_15_ms(tmp_path):

@@ -312,7 +312,7 @@ def test_each_of_the_three_losses_gives_gradients_to_its_own_weights_and_to_no_o
 def test_returns_and_weights_follow_from_imagined_rewards_values_and_discounts(pred_discount, monkeypatch):
     """Weights are cumprod([1, discount, discount, ...]), cut from the graph; the start state has no return."""
     agent = make_agent(pred_discount=pred_discount, **STILL)
-    imagined, actor_loss, value_loss = (watch(monkeypatch, f) for f in ("imagine", "actor_loss", "value_loss"))
+    imagined, actor_loss, critic_loss = (watch(monkeypatch, f) for f in ("imagine", "actor_loss", "critic_loss"))
     make_learner(agent, td_lambda=0.7, discount=0.9)(make_batch())
     feat = imagined[0][1][0]
     model, rows = agent.world_model, feat.shape[1]
@@ -325,13 +325,13 @@ def test_returns_and_weights_follow_from_imagined_rewards_values_and_discounts(p
         weights.append(weight)
         weight = weight * discount[t]
     returns, weights = torch.stack(returns[:-1]), torch.stack(weights)
-    for given_to in (actor_loss[0][0], value_loss[0][0]):
+    for given_to in (actor_loss[0][0], critic_loss[0][0]):
         check(given_to["returns"], returns, "returns")
         check(given_to["weight"], weights, "weight")
         assert not given_to["weight"].requires_grad
     check(actor_loss[0][1][0], -(weights * returns).mean(), "actor loss")
     likelihood = dist.Normal(value[1:H], 1).log_prob(returns)
-    check(value_loss[0][1], -(weights * likelihood).mean(), "value loss")
+    check(critic_loss[0][1], -(weights * likelihood).mean(), "value loss")
     if not pred_discount:
         assert torch.equal(weights[:, 0], torch.tensor([1, 0.9, 0.9]).cumprod(0))
 

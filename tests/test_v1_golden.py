@@ -425,7 +425,7 @@ def test_a_whole_update_has_the_official_imagination_returns_losses_and_gradient
 
         monkeypatch.setattr(v1, name, wrapped)
 
-    for name in ("imagine", "lambda_return", "actor_loss", "value_loss"):
+    for name in ("imagine", "lambda_return", "actor_loss", "critic_loss"):
         spy(name)
     metrics = v1.Learner(agent, case.args, torch.device("cpu"))(case.batch)
     assert draws.used_up
@@ -442,7 +442,7 @@ def test_a_whole_update_has_the_official_imagination_returns_losses_and_gradient
     check(bootstrap, case.imagined("imag/bootstrap"), "bootstrap")
     check(returns, case.imagined("imag/returns"), "returns")
     check(seen["actor_loss"][0][5], case.imagined("imag/discount"), "actor's weights")
-    check(seen["value_loss"][0][3], case.imagined("imag/discount"), "critic's weights")
+    check(seen["critic_loss"][0][3], case.imagined("imag/discount"), "critic's weights")
     check(metrics["losses/actor"], a["imag/actor_loss"], "actor")
     check(metrics["losses/value"], a["imag/value_loss"], "value")
 

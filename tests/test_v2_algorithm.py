@@ -463,8 +463,8 @@ def test_returns_weights_and_baseline_follow_from_imagined_rewards_discounts_and
 ):
     """Start states are all posteriors; entry 0 of the discounts is the true one; weights are their shifted product."""
     agent = make_agent(v2, pred_discount=pred_discount, td_lambda=0.7, discount=0.9, **STILL)
-    names = ("world_model_loss", "imagine", "actor_loss", "value_loss")
-    losses, imagined, actor_loss, value_loss = (watch(v2, monkeypatch, name) for name in names)
+    names = ("world_model_loss", "imagine", "actor_loss", "critic_loss")
+    losses, imagined, actor_loss, critic_loss = (watch(v2, monkeypatch, name) for name in names)
     batch = make_batch(v2)
     make_learner(agent).update(batch)
     start, (feat, action), model = imagined[0][0]["start"], imagined[0][1], agent.world_model
@@ -482,26 +482,26 @@ def test_returns_weights_and_baseline_follow_from_imagined_rewards_discounts_and
         weights.append(weight)
         weight = weight * discount[t]
     target, weights = torch.stack(target[:-1]), torch.stack(weights)
-    for name, arguments, last in (("actor", actor_loss[0][0], H - 1), ("critic", value_loss[0][0], H)):
+    for name, arguments, last in (("actor", actor_loss[0][0], H - 1), ("critic", critic_loss[0][0], H)):
         check(arguments["target"], target, f"{name}'s targets")
         check(arguments["weight"], weights[:last], f"{name}'s weights")
         assert not arguments["weight"].requires_grad
     check(actor_loss[0][0]["baseline"], value[: H - 1], "baseline")
     assert torch.equal(actor_loss[0][0]["feat"], feat) and torch.equal(actor_loss[0][0]["action"], action)
-    assert torch.equal(value_loss[0][0]["feat"], feat[:-1])
+    assert torch.equal(critic_loss[0][0]["feat"], feat[:-1])
     likelihood = dist.Normal(agent.value(feat[:-1])[..., 0], 1).log_prob(target)
-    check(value_loss[0][1], -(weights * likelihood).mean(), "critic's loss")
+    check(critic_loss[0][1], -(weights * likelihood).mean(), "critic's loss")
 
 
 def test_nothing_imagined_after_a_terminal_start_state_counts(v2, monkeypatch):
     """Its own weight is 1, that of everything later 0, and its return is its reward alone."""
     agent = make_agent(v2, **STILL)
-    names = ("lambda_return", "actor_loss", "value_loss")
-    returns, actor_loss, value_loss = (watch(v2, monkeypatch, name) for name in names)
+    names = ("lambda_return", "actor_loss", "critic_loss")
+    returns, actor_loss, critic_loss = (watch(v2, monkeypatch, name) for name in names)
     batch = make_batch(v2)
     make_learner(agent).update(batch)
     over = batch.is_terminal.flatten()
-    for arguments in (actor_loss[0][0], value_loss[0][0]):
+    for arguments in (actor_loss[0][0], critic_loss[0][0]):
         assert (arguments["weight"][0] == 1).all()
         assert (arguments["weight"][1:, over] == 0).all() and (arguments["weight"][1:, ~over] > 0).all()
     given_to, target = returns[0]
