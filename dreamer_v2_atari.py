@@ -1426,7 +1426,7 @@ def open_loop(agent: Dreamer, batch: Batch, context: int = 5) -> tuple[np.ndarra
     """Observes `context` frames of up to six sequences, then imagines the rest with the actions that were taken.
 
     Returns a video (T, 3 * 64, n * 64, 3) uint8 with rows truth, model and error, and the mean squared image error of
-    the imagined frames and of the same frames when they are observed.
+    the imagined frames up to the next episode, and of the same frames when they are observed.
     """
     batch = Batch(*(field[:, :6] for field in batch))
     model, (T, n) = agent.world_model, batch.reward.shape
@@ -1443,8 +1443,10 @@ def open_loop(agent: Dreamer, batch: Batch, context: int = 5) -> tuple[np.ndarra
         imagined, observed = (model.decoder(both).float() + 0.5).unflatten(0, (2, T, n)).clamp(0, 1)
     rows = torch.cat([truth, imagined, (imagined - truth + 1) / 2], 3)  # (T, n, C, 192, 64)
     video = (rows.permute(0, 3, 1, 4, 2).flatten(2, 3) * 255).byte().cpu().numpy()  # (T, 192, n * 64, C)
-    errors = ((frames - truth)[context:].square().mean().item() for frames in (imagined, observed))
-    return video.repeat(3 // video.shape[-1], -1), *errors
+    known = batch.is_first[context:].cumsum(0) == 0  # (T - context, n): nothing foretells what follows a reset
+    errors = ((frames - truth)[context:].square().mean((2, 3, 4)) * known for frames in (imagined, observed))
+    imagined_error, observed_error = (error.sum().item() / max(known.sum().item(), 1) for error in errors)
+    return video.repeat(3 // video.shape[-1], -1), imagined_error, observed_error
 
 
 def evaluate(agent: Dreamer, args: Args, episodes: int, seed: int, stop: list) -> tuple[list[float], np.ndarray]:

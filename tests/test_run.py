@@ -151,6 +151,25 @@ def test_tensorboard_shows_the_open_loop_video_in_three_rows(finished):
             assert np.asarray(video.convert("RGB"))[:64].std() > 5, "the row of true frames is not blank"
 
 
+def test_the_open_loop_error_ends_where_the_next_episode_begins(script):
+    """Nothing foretells what follows a reset, so it says nothing about the model."""
+    args = small_args(script)
+    rng, agent = np.random.default_rng(0), script.Dreamer(args, 3, 3)
+    shape = (args.train_seq_len, 2)
+    image = torch.from_numpy(rng.integers(0, 256, (*shape, 3, 64, 64), np.uint8))
+    is_first, no = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
+    is_first[7] = True
+
+    def errors(image):
+        torch.manual_seed(0)
+        return script.open_loop(agent, script.Batch(image, torch.zeros(*shape, 3), no, is_first, no.bool()))[1:]
+
+    after, before = image.clone(), image.clone()
+    after[7], before[6] = 255 - after[7], 255 - before[6]
+    assert errors(image) == errors(after)
+    assert errors(image)[0] != errors(before)[0] > 0
+
+
 def test_capture_video_saves_the_first_episode_of_each_evaluation(finished):
     paths = sorted((finished / "videos").iterdir())
     assert [path.name for path in paths] == ["eval_150.gif", "eval_300.gif"]
