@@ -6,7 +6,7 @@ reached is in benchmark/README.md. What is broken on purpose must fail: no task 
 
 import contextlib
 import dataclasses
-import json
+import math
 
 import numpy as np
 import pytest
@@ -63,35 +63,55 @@ SMALL_V1 = {
     "actor_learning_rate": 5e-4,
     "value_learning_rate": 1e-3,
 }
+LONGER = {"total_steps": 4500}  # a run ends as soon as it has learned, mostly after half of these frames
 DOT_V1 = {"kl_loss_coeff": 0.3, "free_nats": 0.0, "actor_entropy": 0.02}  # with less entropy: 20.8
 MEMORY = {"batch_size": 8, "train_seq_len": 26, "total_steps": 4000}  # a sequence spans a whole episode
-MEMORY_V1 = MEMORY | {"actor_entropy": 0.03, "kl_loss_coeff": 0.3, "free_nats": 0.0, "total_steps": 6000}
+MEMORY_V1 = MEMORY | {
+    "total_steps": 6000,
+    "stoch_size": 8,
+    "kl_loss_coeff": 0.3,
+    "free_nats": 0.0,
+    "model_learning_rate": 2e-3,  # with 3e-3 the encoder died under one seed of three
+    "actor_entropy": 0.01,
+    "action_noise": 1.0,  # answers must be bold for the reward to be learned early
+    "imagine_horizon": 3,  # an answer is paid at once
+}
 MEMORY_V2 = MEMORY | {"total_steps": 3000, "kl_loss_coeff": 0.1, "model_learning_rate": 1.5e-3}  # the latent's price
 MEMORY_V1_REINFORCE = MEMORY_V1 | {"actor_grad": "reinforce", "actor_learning_rate": 1e-3, "total_steps": 8000}
 BALL = {"total_steps": 8000, "cnn_depth": 12, "kl_loss_coeff": 0.1}  # the Atari defaults' KL; drawn after 2500 updates
 NO_HEAD = {"total_steps": 1500, "pred_discount": False}
 
 
-def evaluations(folder, name, env, changes, breaking=None):
-    """The evaluation returns of a small run; `breaking(script, monkeypatch)` sabotages it first."""
-    script = load(name)
+def evaluations(folder, name, env, changes, breaking=None, enough=math.inf):
+    """The mean returns of a small run's evaluations, until one of them reaches the part `enough` of the best possible.
+
+    `breaking(script, monkeypatch)` sabotages the run first.
+    """
+    script, reached = load(name), []
     known = {field.name for field in dataclasses.fields(script.Args)}
     values = SMALL | (SMALL_V1 if name == V1 else {"action_noise": 0.0}) | {"actor_entropy": 3e-3} | changes
     env += "Discrete-v0" if name == ATARI and env != "TwoPixelBall" else "-v0"
     args = script.Args(env_id=f"tests.pixel_envs:{env}", **{key: v for key, v in values.items() if key in known})
+    evaluate = script.evaluate
+
+    def watched(agent, args, episodes, seed, stop):
+        returns, frames = evaluate(agent, args, episodes, seed, stop)
+        reached.append(float(np.mean(returns)))
+        if reached[-1] >= enough * RETURNS[env]["best"]:
+            stop.append("learned")
+        return returns, frames
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with pytest.MonkeyPatch.context() as monkeypatch, restored_signals(), contextlib.chdir(folder):
+            monkeypatch.setattr(script, "evaluate", watched)
             if breaking:
                 breaking(script, monkeypatch)
             script.main(script.check_args(args))
     finally:
         torch.set_num_threads(threads)
-    (metrics,) = folder.glob("runs/*/metrics.jsonl")
-    lines = map(json.loads, metrics.read_text().splitlines())
-    returns = [line["charts/eval_return"] for line in lines if "charts/eval_return" in line]
-    return env, RETURNS[env], returns
+    return env, RETURNS[env], reached
 
 
 def shuffled_rewards(script, monkeypatch):
@@ -117,12 +137,12 @@ def no_memory(script, monkeypatch):
 
 
 LEARNED = [
-    pytest.param(V1, "DotSteer", DOT_V1, id="v1-dot"),
-    pytest.param(V2, "DotSteer", {"total_steps": 2000}, id="v2-continuous-dot"),
-    pytest.param(ATARI, "DotSteer", {}, id="v2-atari-dot"),
-    pytest.param(ATARI, "TerminalGoal", {"total_steps": 1500}, id="v2-atari-terminal"),
-    pytest.param(V2, "TerminalGoal", {"total_steps": 1500}, id="v2-continuous-terminal", marks=slow),
-    pytest.param(V1, "DotSteer", {"actor_grad": "reinforce"}, id="v1-dot-reinforce", marks=slow),
+    pytest.param(V1, "DotSteer", DOT_V1 | LONGER, id="v1-dot"),
+    pytest.param(V2, "DotSteer", LONGER, id="v2-continuous-dot"),
+    pytest.param(ATARI, "DotSteer", LONGER, id="v2-atari-dot"),
+    pytest.param(ATARI, "TerminalGoal", LONGER, id="v2-atari-terminal"),
+    pytest.param(V2, "TerminalGoal", LONGER, id="v2-continuous-terminal", marks=slow),
+    pytest.param(V1, "DotSteer", LONGER | {"actor_grad": "reinforce"}, id="v1-dot-reinforce", marks=slow),
     pytest.param(V1, "CueMemory", MEMORY_V1, id="v1-memory"),
     pytest.param(V1, "CueMemory", MEMORY_V1_REINFORCE, id="v1-memory-reinforce", marks=slow),
     pytest.param(V2, "CueMemory", MEMORY_V2, id="v2-continuous-memory", marks=slow),
@@ -133,7 +153,7 @@ LEARNED = [
 
 @pytest.mark.parametrize(("name", "env", "changes"), LEARNED)
 def test_90_percent_of_the_possible_return_is_reached(tmp_path, name, env, changes):
-    title, returns, reached = evaluations(tmp_path, name, env, changes)
+    title, returns, reached = evaluations(tmp_path, name, env, changes, enough=0.9)
     print(title, returns, np.round(reached, 2))
     assert max(reached) >= 0.9 * returns["best"]
 
