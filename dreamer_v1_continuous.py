@@ -393,15 +393,18 @@ def make_env(args: Args) -> gym.Env:
     return Pixels(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)), args.action_repeat)
 
 
-def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
+def make_envs(args: Args, num_envs: int, workers: bool = False) -> gym.vector.VectorEnv:
     """Environments side by side. NEXT_STEP autoreset: the last observation is a row of its own, then comes the reset's.
 
-    Workers are spawned: a fork would deadlock once the parent has initialised EGL.
+    `workers`: each in a process of its own, spawned: a fork would deadlock once the parent has initialised EGL.
     """
     thunks = [lambda: make_env(args)] * num_envs
-    if num_envs == 1 and not args.env_timeout:
-        return gym.vector.SyncVectorEnv(thunks)
-    return gym.vector.AsyncVectorEnv(thunks, context="spawn")
+    return gym.vector.AsyncVectorEnv(thunks, context="spawn") if workers else gym.vector.SyncVectorEnv(thunks)
+
+
+def group_sizes(args: Args) -> list[int]:
+    """How many environments break together: a process of its own for each."""
+    return [1] * args.num_envs
 
 
 def probe_env(args: Args) -> tuple[tuple[int, ...], int]:
@@ -410,7 +413,7 @@ def probe_env(args: Args) -> tuple[tuple[int, ...], int]:
     Returns the image shape (C, 64, 64) and the action size.
     """
     try:
-        envs = make_envs(dataclasses.replace(args, env_timeout=0), 1)
+        envs = make_envs(args, 1)
         envs.reset(seed=args.seed)
         envs.close()
     except UserError:
@@ -439,15 +442,13 @@ def random_actions(rng: np.random.Generator, num_envs: int, action_size: int) ->
 
 
 def step_envs(envs: gym.vector.VectorEnv, action: np.ndarray, timeout: float = 0.0):
-    """One step of all environments: image (N, C, 64, 64), reward, is_terminal and is_last (N,).
+    """One step: image (N, C, 64, 64), reward, is_terminal and is_last (N,).
 
-    `timeout`: seconds given to environments in processes of their own (0: no limit).
+    Workers have begun it with `step_async` and get `timeout` seconds (0: no limit).
     """
-    if timeout and isinstance(envs, gym.vector.AsyncVectorEnv):
-        envs.step_async(action)
-        image, reward, terminated, truncated, _ = envs.step_wait(timeout)
-    else:
-        image, reward, terminated, truncated, _ = envs.step(action)
+    workers = isinstance(envs, gym.vector.AsyncVectorEnv)
+    result = envs.step_wait(timeout or None) if workers else envs.step(action)
+    image, reward, terminated, truncated, _ = result
     return image, reward, terminated, terminated | truncated
 
 
@@ -800,10 +801,11 @@ class Replay:
         """Of a stream's row number `index`, so that a row which took another's place is known for what it is."""
         return zlib.crc32(step.tobytes()[:-4], index)
 
-    def close_streams(self) -> None:
-        """Ends the streams' open episodes with a truncation: the rows to come belong to new ones."""
+    def close_streams(self, envs: np.ndarray) -> None:
+        """Ends the open episodes of the streams `envs` with a truncation: the rows to come belong to new ones."""
         if self.total:
-            for step in self.steps[(self.total - 1) % self.rows]:
+            for env in np.flatnonzero(envs):
+                step = self.steps[(self.total - 1) % self.rows, env]
                 step["is_last"] = True
                 step["checksum"] = self.checksum(step, self.total - 1)
 
@@ -1322,7 +1324,7 @@ def evaluate(agent: Dreamer, args: Args, episodes: int, seed: int, stop: list) -
     Frames are (T, 64, 64, 3) uint8; without `capture_video` there is only the first: those of a long game fill memory.
     It ends early when something gets into the list `stop`.
     """
-    envs = make_envs(dataclasses.replace(args, env_timeout=0), 1)
+    envs = make_envs(args, 1)
     image, _ = envs.reset(seed=seed)
     is_first, is_last, state = np.ones(1, bool), np.zeros(1, bool), agent.initial_state(1)
     returns, total, frames = [], 0.0, [image[0]]
@@ -1359,43 +1361,67 @@ class Counters:
 
 
 class SturdyEnvs:
-    """A run's environments. If one raises, dies or hangs, all are started again; five times in a row end the run."""
+    """A run's environments. What raises, dies or hangs is started again; five times in a row end the run."""
 
     def __init__(self, args: Args, counters: Counters, logger: Logger):
         self.args, self.counters, self.logger = args, counters, logger
-        self.envs, self.faults = None, 0
+        self.sizes = group_sizes(args)  # a group breaks alone
+        self.groups, self.faults = [None] * len(self.sizes), [0] * len(self.sizes)
 
     def reset(self, seed: int) -> np.ndarray:
-        """Fresh episodes everywhere; returns their images (N, C, 64, 64)."""
+        """Starts everything; returns images (N, C, 64, 64)."""
+        if len(self.groups) == 1:  # in this thread: what renders here may not leave it
+            return self.start(0, seed)
+        with ThreadPoolExecutor(len(self.groups)) as pool:  # a worker takes seconds to start
+            return np.concatenate(list(pool.map(lambda group: self.start(group, seed), range(len(self.groups)))))
+
+    def start(self, group: int, seed: int) -> np.ndarray:
+        workers = self.args.num_envs > 1 or self.args.env_timeout > 0
         while True:
             try:
-                self.envs = self.envs or make_envs(self.args, self.args.num_envs)
-                return self.envs.reset(seed=seed + self.faults)[0]
+                self.groups[group] = make_envs(self.args, self.sizes[group], workers)
+                return self.groups[group].reset(seed=seed + group + self.faults[group])[0]
             except Exception as error:  # whatever an environment raises
-                self.broke(error)
+                self.broke(group, error)
 
     def step(self, action: np.ndarray):
-        """`step_envs`, or None if an environment broke."""
-        try:
-            return step_envs(self.envs, action, self.args.env_timeout)
-        except Exception as error:  # whatever an environment raises, or a worker's death
-            self.broke(error)
+        """`step_envs` for all, and who was started again (N,): there the image is the first of a new episode."""
+        parts = np.split(action, np.cumsum(self.sizes)[:-1])
+        for envs, part in zip(self.groups, parts, strict=True):
+            with contextlib.suppress(OSError):  # a dead worker, which is met again below
+                if isinstance(envs, gym.vector.AsyncVectorEnv):
+                    envs.step_async(part)
+        rows = []
+        for group, part in enumerate(parts):
+            nothing = np.zeros(self.sizes[group], bool)
+            try:
+                rows.append((*step_envs(self.groups[group], part, self.args.env_timeout), nothing))
+                if rows[-1][3].any():
+                    self.faults[group] = 0
+            except Exception as error:  # whatever an environment raises, or a worker's death
+                self.broke(group, error)
+                image = self.start(group, self.args.seed + self.counters.frames)
+                rows.append((image, nothing.astype(float), nothing, nothing, ~nothing))
+        return tuple(np.concatenate(field) for field in zip(*rows, strict=True))
 
-    def broke(self, error: Exception) -> None:
-        self.close()
+    def broke(self, group: int, error: Exception) -> None:
+        if self.groups[group] is not None:
+            close_envs(self.groups[group])
+        self.groups[group] = None
         if isinstance(error, UserError):
             raise error
-        self.faults += 1
+        self.faults[group] += 1
         self.counters.env_restarts += 1
-        cause = f"{self.args.env_id} failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if self.faults == 5:
-            raise UserError(f"five times in a row {cause}")
-        self.logger.warn(f"env {self.faults}", f"{cause}; it is started again")
+        died = isinstance(error, (EOFError, ConnectionResetError, gym.error.NoAsyncCallError))
+        cause = "its process died" if died else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if self.faults[group] == 5:
+            raise UserError(f"five times in a row {self.args.env_id} failed: {cause}")
+        self.logger.warn(f"env {self.faults[group]}", f"{self.args.env_id} failed: {cause}; it is started again")
 
     def close(self) -> None:
-        if self.envs is not None:
-            close_envs(self.envs)
-        self.envs = None
+        for envs in self.groups:
+            if envs is not None:
+                close_envs(envs)
 
 
 def prefetch(pool: ThreadPoolExecutor, replay: Replay, rng: np.random.Generator, args: Args, count: int):
@@ -1506,25 +1532,20 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
     # TRAINING LOOP
     envs = SturdyEnvs(args, counters, logger)
     stack.callback(envs.close)
-    image, is_first, is_last = None, np.ones(args.num_envs, bool), np.zeros(args.num_envs, bool)
+    image, saved_rows = envs.reset(args.seed + counters.frames), replay.total
+    is_first, is_last = np.ones(args.num_envs, bool), np.zeros(args.num_envs, bool)
+    zeros = np.zeros((args.num_envs, action_size), np.float32)
+    replay.close_streams(is_first)  # a resumed run's episodes
+    replay.add(image, zeros, zeros[:, 0], is_first, is_last, is_last)
     state = agent.initial_state(args.num_envs)
     episode_return, episode_frames = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
-    metrics, image_errors, saved_rows = {}, [], replay.total
+    metrics, image_errors = {}, []
     start, start_frames, start_updates = time.time(), counters.frames, learner.updates
     interval = 0.5 if sys.stderr.isatty() else 30
     bar = tqdm(total=args.total_steps, initial=counters.frames, unit="frame", mininterval=interval)
     stack.callback(bar.close)
     pool = stack.enter_context(ThreadPoolExecutor(1))  # one thread for the whole run: each new one may add a heap
     while counters.frames < args.total_steps and not stop_signals:
-        # RESET, at the start and after an environment broke
-        if image is None:
-            image = envs.reset(args.seed + counters.frames)
-            is_first[:], is_last[:] = True, False
-            zeros = np.zeros((args.num_envs, action_size), np.float32)
-            replay.close_streams()
-            replay.add(image, zeros, zeros[:, 0], is_first, is_last, is_last)
-            episode_return[:], episode_frames[:] = 0, 0
-
         # ACT
         if counters.frames < args.seed_steps:
             action = random_actions(rng, args.num_envs, action_size)
@@ -1544,29 +1565,25 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
                 break
 
         # STEP
-        rows = envs.step(action)
-        if rows is None:
-            image = None
-            save()
-            continue
-        image, reward, is_terminal, ended = rows
+        image, reward, is_terminal, ended, restarted = envs.step(action)
 
         # STORE
         if not np.isfinite(reward).all():
             raise UserError(f"{args.env_id} gave the reward {reward[~np.isfinite(reward)][0]}: mend the environment")
-        is_first, is_last = is_last, ended  # the row after an episode's last is the next one's first
+        replay.close_streams(restarted)
+        is_first, is_last = is_last | restarted, ended  # the row after an episode's last is the next one's first
         action[is_first] = 0
         replay.add(image, action, reward, is_first, is_terminal, is_last)
         stepped = args.action_repeat * int((~is_first).sum())
         counters.frames += stepped
         bar.update(stepped)
-        episode_return += reward
-        episode_frames += args.action_repeat * ~is_first
+        episode_return = np.where(restarted, 0, episode_return + reward)
+        episode_frames = np.where(restarted, 0, episode_frames + args.action_repeat * ~is_first)
         for env in np.flatnonzero(is_last):
             values = {"charts/episodic_return": episode_return[env], "charts/episodic_length": episode_frames[env]}
             logger.scalars(counters.frames, {name: float(value) for name, value in values.items()})
             bar.set_postfix({"return": f"{episode_return[env]:.1f}"}, refresh=False)
-            episode_return[env], episode_frames[env], envs.faults = 0, 0, 0
+            episode_return[env], episode_frames[env] = 0, 0
             counters.episodes += 1
 
         # LOG
@@ -1610,7 +1627,8 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
                     logger.warn("drift", f"{message}, or raise --kl-loss-coeff so that the prior is learned")
 
         # SAVE
-        if counters.frames >= counters.next_save or replay.total - saved_rows >= slack - 1 or done:
+        late = counters.frames >= counters.next_save or replay.total - saved_rows >= slack - 1
+        if late or done or restarted.any():
             counters.next_save = counters.frames + args.checkpoint_interval
             saved_rows = replay.total
             save()

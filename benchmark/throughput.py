@@ -103,11 +103,11 @@ def time_policy(script, args, channels, device):
 
 
 def time_env(script, args):
-    envs = script.make_envs(args, args.num_envs)
+    envs = script.SturdyEnvs(args, script.Counters(), logger=None)
     envs.reset(seed=0)
     size = script.probe_env(args)[1]
     action = script.random_actions(np.random.default_rng(0), args.num_envs, size)
-    seconds = times(lambda: script.step_envs(envs, action), torch.device("cpu"), 20, 200)
+    seconds = times(lambda: envs.step(action), torch.device("cpu"), 20, 200)
     envs.close()
     return {"env_step": summary(seconds), "env_frames_per_second": args.action_repeat * args.num_envs / min(seconds)}
 

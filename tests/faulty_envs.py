@@ -23,10 +23,10 @@ class Faulty(DotSteer):
         return (reward if self.t != 4 else self.fault(reward)), terminated
 
     def happens_now(self):
-        marker = Path(os.environ["FAULT_MARKER"])
-        if marker.exists():
+        try:
+            Path(os.environ["FAULT_MARKER"]).touch(exist_ok=False)  # only one of several processes succeeds
+        except FileExistsError:
             return False
-        marker.touch()
         return True
 
 
@@ -143,9 +143,17 @@ class Gauge(DotSteer):
         return super().render()
 
 
-for cls in (*Faulty.__subclasses__(), *(cls for cls in DotSteer.__subclasses__() if cls is not Faulty)):
+class FromTwo(Gauge):
+    """Discrete actions 2, 3 and 4."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.action_space = gym.spaces.Discrete(3, start=2)
+
+
+for cls in (*Faulty.__subclasses__(), *(cls for cls in DotSteer.__subclasses__() if cls is not Faulty), FromTwo):
     for suffix, discrete in (("", False), ("Discrete", True)):
         env_id = f"{cls.__name__}{suffix}-v0"
         if cls.__module__ == __name__ and env_id not in gym.registry:
-            limit = None if cls in (Slow, Gauge) else 25
+            limit = None if cls in (Slow, Gauge, FromTwo) else 25
             gym.register(env_id, f"{__name__}:{cls.__name__}", max_episode_steps=limit, kwargs={"discrete": discrete})

@@ -282,6 +282,14 @@ def test_other_gymnasium_environments_with_discrete_actions_are_seen_through_the
     envs.close()
 
 
+def test_one_hot_actions_are_numbered_from_the_environments_first():
+    env = atari.make_env(small_args(atari, env_id="tests.faulty_envs:FromTwoDiscrete-v0", action_repeat=1))
+    env.reset(seed=1)
+    for action in np.eye(3):
+        env.step(action)
+    assert env.unwrapped.actions == [2, 3, 4]
+
+
 def test_continuous_actions_are_refused_in_one_line():
     with pytest.raises(atari.UserError, match="^Pendulum-v1 .* discrete"):
         atari.probe_env(small_args(atari, env_id="Pendulum-v1"))

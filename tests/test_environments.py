@@ -227,7 +227,7 @@ def test_two_environments_in_processes_of_their_own_give_the_frames_of_two_alone
     args = small_args(script, env_id=name, num_envs=2)
     actions = np.stack([script.make_env(args).action_space.sample()] * 2)
     alone = [script.make_env(args) for _ in range(2)]
-    envs = script.make_envs(args, 2)
+    envs = script.make_envs(args, 2, workers=True)
     try:
         image, _ = envs.reset(seed=5)
         assert image.shape[0] == 2 and image.shape[-2:] == (64, 64) and (image[0] != image[1]).any()

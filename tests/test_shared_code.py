@@ -20,6 +20,7 @@ BETWEEN_THE_V2_SCRIPTS = {
     "check_args": "Atari's action_noise is a probability",
     "make_env": ENVIRONMENTS,
     "make_envs": ENVIRONMENTS,
+    "group_sizes": ENVIRONMENTS,
     "step_envs": ENVIRONMENTS,
     "random_actions": "one-hot or uniform",
     "Actor.__init__": "as many outputs as its distribution has parameters",

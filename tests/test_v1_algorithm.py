@@ -736,14 +736,15 @@ def test_a_changed_byte_in_the_file_is_detected_when_the_replay_is_restored(fiel
         make_replay(tmp_path).restore(40)
 
 
-def test_close_streams_ends_every_stream_at_its_last_row_and_changes_nothing_else(tmp_path):
+@pytest.mark.parametrize("closed", [[True, True], [False, True]])
+def test_close_streams_ends_those_streams_at_their_last_row_and_changes_nothing_else(closed, tmp_path):
     replay = make_replay(tmp_path)
-    replay.close_streams()  # nothing there: nothing to end
+    replay.close_streams(np.array(closed))  # nothing there: nothing to end
     fill(replay, 38)  # row 37 is in the middle of an episode
     before = replay.steps.copy()
-    replay.close_streams()
+    replay.close_streams(np.array(closed))
     last = 37 % replay.rows
-    assert not before["is_last"][last].any() and replay.steps["is_last"][last].all()
+    assert not before["is_last"][last].any() and replay.steps["is_last"][last].tolist() == closed
     names = [name for name in replay.fields.names if name not in ("is_last", "checksum")]
     assert all(np.array_equal(before[name], replay.steps[name]) for name in names)
     others = np.arange(replay.rows) != last
