@@ -419,6 +419,10 @@ def mean_and_range(seeds, points=60):
     edges = np.linspace(start, end, points + 1)
     curves = []
     for steps, returns in seeds.values():
+        ends = np.setdiff1d([start, end], steps)  # where a seed has no value, the one between its neighbours
+        inside = (start <= steps) & (steps <= end)
+        returns = np.r_[returns[inside], np.interp(ends, steps, returns)]
+        steps = np.r_[steps[inside], ends]
         # The mean in each interval, so that a long noisy series is smoothed and a short one is left as it is.
         index = np.clip(np.searchsorted(edges, steps, side="left") - 1, 0, points - 1)
         filled = np.unique(index)

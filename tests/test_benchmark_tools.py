@@ -665,6 +665,16 @@ def test_mean_and_range_are_over_the_frames_that_all_seeds_reached():
     assert high.tolist() == [20, 45, 70, 95, 120] and mean.tolist() == [10, 35, 60, 85, 110]
 
 
+def test_what_one_seed_did_outside_the_common_frames_has_no_part_in_their_mean():
+    seeds = {
+        1: (np.array([50.0, 100.0]), np.array([1.0, 1.0])),
+        2: (np.array([0.0, 40.0, 60.0, 90.0, 110.0, 150.0, 200.0]), np.array([9.0, 3.0, 3.0, 3.0, 3.0, 70.0, 90.0])),
+    }
+    frames, mean, low, high = plot.mean_and_range(seeds, points=5)
+    assert frames.tolist() == [50, 60, 70, 80, 90, 100]
+    assert set(low) == {1} and set(high) == {3} and set(mean) == {2}
+
+
 @pytest.mark.parametrize(
     ("page", "message"),
     [
