@@ -1376,6 +1376,7 @@ class SturdyEnvs:
             return np.concatenate(list(pool.map(lambda group: self.start(group, seed), range(len(self.groups)))))
 
     def start(self, group: int, seed: int) -> np.ndarray:
+        """A fresh group, tried until five faults in a row; returns its images (size, C, 64, 64)."""
         workers = self.args.num_envs > 1 or self.args.env_timeout > 0
         while True:
             try:
@@ -1412,7 +1413,7 @@ class SturdyEnvs:
             raise error
         self.faults[group] += 1
         self.counters.env_restarts += 1
-        died = isinstance(error, (EOFError, ConnectionResetError, gym.error.NoAsyncCallError))
+        died = isinstance(error, (EOFError, gym.error.NoAsyncCallError))
         cause = "its process died" if died else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if self.faults[group] == 5:
             raise UserError(f"five times in a row {self.args.env_id} failed: {cause}")
