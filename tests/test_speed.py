@@ -43,6 +43,15 @@ def make_batch(script, args, seed, device=CPU):
     return script.Batch(*(torch.from_numpy(field).to(device) for field in fields))
 
 
+def test_a_few_images_are_encoded_as_many_are(script):
+    """The small layers of few images are matrix products, those of many convolutions."""
+    encoder = make_learner(script).agent.world_model.encoder
+    images = (torch.rand(300, 3, 64, 64) - 0.5).to(memory_format=torch.channels_last)
+    many = encoder(images)
+    for few in (1, 4):
+        torch.testing.assert_close(encoder(images[:few]), many[:few])
+
+
 def test_the_compiled_steps_have_no_graph_break_and_are_never_compiled_again(script):
     """With `aot_eager`, which traces forward and backward as the GPU's compiler does, without its compile time."""
     learner = make_learner(script)
