@@ -1,17 +1,18 @@
-"""Times our full update against SheepRL's on the CPU, on identical shapes and taking turns; prints ratios.
+"""Times our full update and policy step against SheepRL's on the CPU, on identical shapes, taking turns; prints ratios.
 
     python benchmark/compare.py                                          # all cases, both precisions
     python benchmark/compare.py --cases V2-Atari --rounds 10 --out atari.json
 
 SheepRL (requirements-compare.txt) lives in a virtual environment of its own, made at the first call and kept. Each
-contestant is a process that builds its agent once, warms up and waits; in every round each does one update, so that
-only one works at a time and a change of the machine's speed hits all of them.
+contestant is a process that builds its agent once, warms up and waits; in every round each does one update and some
+steps of the policy, so that only one works at a time and a change of the machine's speed hits all of them.
 
 Timed on both sides: drawing a batch of random data from a memory-mapped replay, and one update of world model, actor
 and critic. Ours is `Replay.sample` and `Learner`, after `tune_cpu` as in every run. Theirs is what the loops of
 sheeprl/algos/dreamer_v1 and dreamer_v2 do: `sample_batches`, conversion to float included, and `train` with its default
 metrics, on agents of `build_agent`, composed by Hydra from its own experiments with our sizes (and, for Atari, a replay
 of plain sequences). Its `algo.compile` stays off, as it is by default; both sides get all threads (its default is one).
+A step of the policy goes from one uint8 image to an action in NumPy; theirs is `prepare_obs` and `get_actions`.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import itertools
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from run import InputError, Parser, machine
-from throughput import ACTIONS, CASES, ROOT, summary
+from throughput import ACTIONS, CASES, ROOT, summary, times
 
 OURS = ("float32", "bfloat16")
 THEIRS = ("32-true", "bf16-mixed")
@@ -46,6 +48,7 @@ CHECK = """import importlib.metadata, sys
 pins = [pin.split("==") for pin in sys.argv[1:]]
 sys.exit(any(importlib.metadata.version(name).split("+")[0] != version for name, version in pins))"""
 WARMUP = 2
+POLICY_STEPS = 50  # a turn
 PAUSE = 0.2  # seconds before each turn, in which the threads of the one before fall asleep
 
 
@@ -59,7 +62,7 @@ def at_least(low, text):
     return int(text)
 
 
-# CONTESTANTS: each gives its networks, a function that draws a batch and one that learns from it
+# CONTESTANTS: each gives its networks, a function that draws a batch, one that learns from it and one that acts
 
 
 def ours(spec):
@@ -75,7 +78,9 @@ def ours(spec):
         image = rng.integers(0, 256, (1, channels, 64, 64), np.uint8)
         replay.add(image, script.random_actions(rng, 1, ACTIONS), rng.normal(size=1), no, no, no)
     parts = {"world_model": agent.world_model, "actor": agent.actor, "critic": agent.value}
-    return parts, lambda: replay.sample(rng, args.batch_size, args.train_seq_len), learner
+    state = agent.initial_state(1)
+    act = lambda: agent.policy(image, state, no)[0].numpy()  # noqa: E731
+    return parts, lambda: replay.sample(rng, args.batch_size, args.train_seq_len), learner, act
 
 
 def overrides(spec):
@@ -110,7 +115,7 @@ def sheeprl(spec):
     import hydra
     from lightning.fabric import Fabric
     from omegaconf import OmegaConf
-    from sheeprl.algos.dreamer_v2.utils import build_buffer, build_optimizer, sample_batches
+    from sheeprl.algos.dreamer_v2.utils import build_buffer, build_optimizer, prepare_obs, sample_batches
     from sheeprl.utils.utils import dotdict
 
     name, experiment = EXPERIMENTS[spec["case"]]
@@ -124,7 +129,7 @@ def sheeprl(spec):
 
     image = (spec["channels"], 64, 64)
     space = gym.spaces.Dict({"rgb": gym.spaces.Box(0, 255, image, np.uint8)})
-    models = script.build_agent(fabric, (ACTIONS,), not spec["discrete"], cfg, space)[:-1]  # the last one: its player
+    *models, player = script.build_agent(fabric, (ACTIONS,), not spec["discrete"], cfg, space)
     parts = dict(zip(("world_model", "actor", "critic"), models, strict=False))  # V2's fourth is the target critic
     optimizers = [build_optimizer(cfg.algo[part].optimizer, model.parameters()) for part, model in parts.items()]
     optimizers = fabric.setup_optimizers(*optimizers)
@@ -139,16 +144,23 @@ def sheeprl(spec):
     replay.add(data)
     extra = {"actions_dim": (ACTIONS,)} if name == "dreamer_v2" else {}
     update = partial(script.train, fabric, *models, *optimizers, aggregator=aggregator, cfg=cfg, **extra)
-    return parts, lambda: next(sample_batches(fabric, cfg, replay, 1)), update
+    player.init_states()
+
+    @torch.inference_mode()
+    def act():
+        action = player.get_actions(prepare_obs(fabric, {"rgb": data["rgb"][0]}, cnn_keys=["rgb"], num_envs=1))
+        return torch.cat(action, -1).cpu().numpy()
+
+    return parts, lambda: next(sample_batches(fabric, cfg, replay, 1)), update, act
 
 
 def work(spec):
-    """The life of a contestant: says that it is ready, then times one update for each line on stdin."""
+    """The life of a contestant: says that it is ready, then times an update and policy steps for each line on stdin."""
     answers = os.fdopen(os.dup(1), "w", 1)
     os.dup2(2, 1)  # whatever a library prints goes to stderr
     torch.manual_seed(0)
     torch.set_num_threads(spec["threads"])
-    parts, sample, update = {"ours": ours, "sheeprl": sheeprl}[spec["side"]](spec)
+    parts, sample, update, act = {"ours": ours, "sheeprl": sheeprl}[spec["side"]](spec)
     for _ in range(WARMUP):
         update(sample())
     parameters = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()}
@@ -160,7 +172,9 @@ def work(spec):
         batch = sample()
         sampled = time.perf_counter()
         update(batch)
-        print(json.dumps({"sample": sampled - start, "total": time.perf_counter() - start}), file=answers)
+        total = time.perf_counter() - start
+        policy = statistics.median(times(act, torch.device("cpu"), POLICY_STEPS, POLICY_STEPS))
+        print(json.dumps({"sample": sampled - start, "total": total, "policy": policy}), file=answers)
 
 
 # THE RACE
@@ -243,16 +257,21 @@ def race(case, options, python, folder):
         raise WorkerError(f"{case}: not the same sizes: {[(worker.name, worker.facts) for worker in workers]}")
     print(f"{case}: {args.batch_size} sequences of {args.train_seq_len}, {options.threads} threads")
     print("  trained parameters, the same on both sides:", ", ".join(f"{part} {n:,}" for part, n in parameters.items()))
-    row = shared | {"batch_size": args.batch_size, "train_seq_len": args.train_seq_len, "contestants": {}, "ratios": {}}
+    row = shared | {"batch_size": args.batch_size, "train_seq_len": args.train_seq_len, "contestants": {}}
+    row |= {"ratios": {}, "policy_ratios": {}}
     for worker in workers:
-        total, sample = worker.summary("total"), worker.summary("sample")
-        row["contestants"][worker.name] = {**worker.facts, "total": total, "sample": sample, "turns": worker.turns}
+        total, sample, policy = (worker.summary(key) for key in ("total", "sample", "policy"))
+        facts = {"total": total, "sample": sample, "policy": policy, "turns": worker.turns}
+        row["contestants"][worker.name] = worker.facts | facts
         span = f"{total['min']:.3f} to {total['max']:.3f}"
-        print(f"  {worker.name:<27}{total['median']:8.3f} s ({span}; sampling {sample['median']:.3f})")
+        print(f"  {worker.name:<27}{total['median']:8.3f} s ({span}; sampling {sample['median']:.3f})", end=", ")
+        span = f"{policy['min'] * 1000:.2f} to {policy['max'] * 1000:.2f}"
+        print(f"policy step {policy['median'] * 1000:.2f} ms ({span})")
     for one, other in itertools.product(mine, theirs):
-        ratio = other.summary("total")["median"] / one.summary("total")["median"]
+        ratio, policy = (other.summary(key)["median"] / one.summary(key)["median"] for key in ("total", "policy"))
         row["ratios"][f"{one.name} / {other.name}"] = ratio
-        print(f"  {one.name} is {ratio:.2f} times as fast as {other.name}", flush=True)
+        row["policy_ratios"][f"{one.name} / {other.name}"] = policy
+        print(f"  {one.name} is {ratio:.2f} times as fast as {other.name}, its policy {policy:.2f} times", flush=True)
     return row
 
 

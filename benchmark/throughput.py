@@ -41,6 +41,8 @@ CASES = {
     "V2-Atari": ("dreamer_v2_atari", "PongNoFrameskip-v4", PAPER_V2),
 }
 ACTIONS = 6
+PRECISIONS = ["float32", "bfloat16"]
+GFLOP = {"V1": 907, "V2-DMC": 663, "V2-Atari": 730}  # products and convolutions of one update at these sizes
 
 
 def synchronize(device):
@@ -64,6 +66,12 @@ def times(call, device, warmup, repeats):
 
 def summary(seconds):
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "repeats": len(seconds)}
+
+
+def product_speed(precision, device, n=2048):
+    """GFLOP/s of a matrix product: how fast this machine is just now, to compare figures of other machines and days."""
+    a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, precision))
+    return 2e-9 * n**3 / statistics.median(times(lambda: a @ b, device, 5, 10))
 
 
 def time_update(script, args, channels, device, repeats):
@@ -141,7 +149,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--parts", nargs="+", default=["update", "policy", "env", "loop"])
-    parser.add_argument("--precision", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument(
         "--modes", nargs="+", default=["graph+compile"], help="on CUDA: eager compile graph graph+compile"
     )
@@ -166,7 +174,10 @@ def main():
                 args = dataclasses.replace(args, num_envs=options.num_envs)
                 row = {"case": case, "precision": precision, "mode": mode}
                 if "update" in options.parts:
+                    before = product_speed(precision, device)
                     row |= time_update(script, args, channels, device, options.repeats)
+                    row["product_gflops"] = (before + product_speed(precision, device)) / 2
+                    row["update_gflops"] = GFLOP[case] / row["update"]["median"]
                 if "policy" in options.parts:
                     row |= time_policy(script, args, channels, device)
                 if "env" in options.parts:
