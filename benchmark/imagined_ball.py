@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from run import Parser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dreamer_v2_atari as dreamer  # noqa: E402
@@ -78,18 +79,22 @@ def measure(model, batch, column):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kl-loss-coeff", type=float, default=0.1)
     parser.add_argument("--free-nats", type=float, default=0.0)
     parser.add_argument("--updates", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    flags = SMALL | BALL | {"kl_loss_coeff": options.kl_loss_coeff, "free_nats": options.free_nats}
-    args = dreamer.Args(**{name: value for name, value in flags.items() if name in vars(dreamer.Args())})
-    torch.manual_seed(options.seed)
+    flags = {name: value for name, value in vars(options).items() if name != "updates"}
+    flags = {name: value for name, value in (SMALL | BALL | flags).items() if name in vars(dreamer.Args())}
+    try:
+        args = dreamer.check_args(dreamer.Args(**flags))
+    except dreamer.UserError as error:
+        parser.error(str(error))
+    torch.manual_seed(args.seed)
     torch.set_num_threads(1)
     dreamer.tune_cpu()
-    rng = np.random.default_rng(options.seed)
+    rng = np.random.default_rng(args.seed)
     (data, _), test = play(200, rng), play(40, rng)
     model = dreamer.WorldModel(args, 3, 3)
     dreamer.init_weights(model)
