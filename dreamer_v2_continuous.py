@@ -37,6 +37,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import io
@@ -50,6 +51,7 @@ import sys
 import time
 import zipfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -81,9 +83,9 @@ class Args:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """autocast precision of the networks; auto: bfloat16 on CUDA, float32 on the CPU"""
     compile: bool = True
-    """on CUDA: compile the recurrent steps with torch.compile"""
+    """on CUDA: compile the recurrences with torch.compile"""
     cuda_graph: bool = True
-    """on CUDA: replay the whole update as one CUDA graph"""
+    """on CUDA: replay the whole update, and the policy's step, as CUDA graphs"""
     track: bool = False
     """if toggled, this experiment will be tracked with Weights and Biases"""
     wandb_project_name: str = "dreamer"
@@ -332,9 +334,9 @@ class DeepMindControl(gym.Env):
             tasks = ", ".join(f"{d}-{t}" for d, t in suite.ALL_TASKS if d == domain) or "walker-walk, cheetah-run, ..."
             raise UserError(f"dm_control has no task {name!r}; it has {tasks}")
         self.env = suite.load(domain, task)
-        self.camera = 2 if domain == "quadruped" else 0
         # The same image at a lower cost: by default the off-screen buffer is 640x480.
         self.env.physics.model.vis.global_.offwidth = self.env.physics.model.vis.global_.offheight = 64
+        self.camera_id = 2 if domain == "quadruped" else 0
         spec = self.env.action_spec()
         low, high = (np.broadcast_to(bound, spec.shape).astype(np.float32) for bound in (spec.minimum, spec.maximum))
         self.action_space = gym.spaces.Box(low, high)
@@ -351,8 +353,15 @@ class DeepMindControl(gym.Env):
         terminated = step.last() and step.discount == 0  # a time limit leaves the discount at 1
         return np.zeros(0, np.float32), step.reward or 0.0, terminated, step.last() and not terminated, {}
 
+    @functools.cached_property
+    def camera(self):
+        """Kept: `physics.render` makes a new one for each image, which takes a GPU longer than the image."""
+        from dm_control.mujoco.engine import Camera
+
+        return Camera(self.env.physics, 64, 64, camera_id=self.camera_id)
+
     def render(self) -> np.ndarray:
-        return self.env.physics.render(64, 64, camera_id=self.camera)
+        return self.camera.render().copy()  # it writes every image to the same place
 
 
 class Pixels(gym.Wrapper):
@@ -700,7 +709,9 @@ class Encoder(nn.Module):
         x = image
         for conv in self.convs:
             # For the few pixels of a step of the policy, oneDNN's convolution spends its time on reordering weights.
-            x = conv_as_product(x, conv) if x[:, 0].numel() <= 800 else conv(x)
+            # cuDNN's for one or three channels does not use the tensor cores.
+            as_product = x[:, 0].numel() <= 800 or (x.is_cuda and x.shape[1] <= 3)
+            x = conv_as_product(x, conv) if as_product else conv(x)
             x = self.act(x)
         return self.linear(x.permute(0, 2, 3, 1).flatten(1))  # (h, w, c) order, as the official code flattens
 
@@ -712,21 +723,26 @@ def conv_transpose_1x1(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
     return F.linear(x, weight, conv.bias.repeat(k * k)).view(-1, k, k, out).permute(0, 3, 1, 2)
 
 
+def sub_pixel_conv_transpose(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A transposed convolution of stride 2, as a convolution that gives the four output pixels around each input pixel
+    as channels: up to twice as fast on the CPU, and on CUDA where there are few output channels."""
+    size, out, k, _ = weight.shape
+    taps = (k + 1) // 2  # of each of the four pixels; an odd kernel gets a zero tap, and the image is cropped
+    weight = F.pad(weight, (0, k % 2, 0, k % 2)).view(size, out, taps, 2, taps, 2)
+    weight = weight.flip(2, 4).permute(3, 5, 1, 0, 2, 4).reshape(4 * out, size, taps, taps)
+    y = F.conv2d(x, weight, bias.repeat(4), padding=taps - 1).permute(0, 2, 3, 1)  # (N, h, w, 4 * out)
+    n, h, w, _ = y.shape
+    y = y.reshape(n, h, w, 2, 2, out).transpose(2, 3).reshape(n, 2 * h, 2 * w, out)
+    return y[:, : 2 * h - k % 2, : 2 * w - k % 2].contiguous().permute(0, 3, 1, 2)
+
+
 class SubPixelConvTranspose(torch.autograd.Function):
-    """A transposed convolution of stride 2, for the CPU: its forward is a convolution that gives the four output pixels
-    around each input pixel as channels, which oneDNN computes up to twice as fast. Its backward is the usual one."""
+    """`sub_pixel_conv_transpose` with the usual backward, which is faster on the CPU."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        size, out, k, _ = weight.shape
-        taps = (k + 1) // 2  # of each of the four pixels; an odd kernel gets a zero tap, and the image is cropped
-        weight = F.pad(weight, (0, k % 2, 0, k % 2)).view(size, out, taps, 2, taps, 2)
-        weight = weight.flip(2, 4).permute(3, 5, 1, 0, 2, 4).reshape(4 * out, size, taps, taps)
-        y = F.conv2d(x, weight, bias.repeat(4), padding=taps - 1).permute(0, 2, 3, 1)  # (N, h, w, 4 * out)
-        n, h, w, _ = y.shape
-        y = y.reshape(n, h, w, 2, 2, out).transpose(2, 3).reshape(n, 2 * h, 2 * w, out)
-        return y[:, : 2 * h - k % 2, : 2 * w - k % 2].contiguous().permute(0, 3, 1, 2)
+        return sub_pixel_conv_transpose(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -753,7 +769,12 @@ class Decoder(nn.Module):
         x = conv_transpose_1x1(self.linear(feat), self.convs[0])
         for conv in self.convs[1:]:
             x = self.act(x)
-            x = conv(x) if x.is_cuda else SubPixelConvTranspose.apply(x, conv.weight, conv.bias)
+            if not x.is_cuda:
+                x = SubPixelConvTranspose.apply(x, conv.weight, conv.bias)
+            elif conv.out_channels <= 3:
+                x = sub_pixel_conv_transpose(x, conv.weight, conv.bias)
+            else:
+                x = conv(x)
         return x
 
 
@@ -851,6 +872,14 @@ class RSSM(nn.Module):
         logit = self.posterior(deter, projected)
         return State(logit, sample_onehot(logit), deter)
 
+    def observe_span(self, state: State, action: Tensor, projected: Tensor, is_first: Tensor) -> State:
+        """The posterior states of some steps, (T, B, ...): what is compiled as one on CUDA."""
+        states = []
+        for step in zip(action, projected, is_first, strict=True):
+            state = self.observe_step(state.stoch, state.deter, *step)
+            states.append(state)
+        return State(*(torch.stack(fields) for fields in zip(*states, strict=True)))
+
 
 def observe(rssm: RSSM, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None):
     """Filters a batch of sequences: posterior states and the prior's logits, all (T, B, ...).
@@ -861,11 +890,11 @@ def observe(rssm: RSSM, embed: Tensor, action: Tensor, is_first: Tensor, state: 
     """
     state = state or rssm.initial(embed.shape[1])
     projected = rssm.project_embed(embed)  # (T, B, hidden)
-    states = []
-    for t in range(len(embed)):
-        state = rssm.observe_step(state.stoch, state.deter, action[t], projected[t], is_first[t])
-        states.append(state)
-    post = State(*(torch.stack(field) for field in zip(*states, strict=True)))
+    spans = []
+    for span in zip(*(field.split(10) for field in (action, projected, is_first)), strict=True):
+        spans.append(rssm.observe_span(state, *span))
+        state = State(*(field[-1] for field in spans[-1]))
+    post = State(*(torch.cat(fields) for fields in zip(*spans, strict=True)))
     return post, rssm.prior(post.deter)  # the loss needs no draw from the prior, so no recurrence either
 
 
@@ -1186,6 +1215,21 @@ def autocast(args: Args, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
+def fast_policy(agent: Dreamer, num_envs: int, noise: float = 0.0, mode: bool = False) -> Callable:
+    """`agent.policy` for `num_envs` environments; on CUDA one graph, whose results the next call overwrites."""
+
+    def policy(image, state, is_first):
+        return agent.policy(image, state, is_first, noise, mode)
+
+    state = agent.initial_state(num_envs)
+    device = state[0].device
+    if device.type == "cpu" or not agent.args.cuda_graph:
+        return policy
+    image = torch.zeros(num_envs, agent.channels, 64, 64, dtype=torch.uint8, device=device)
+    graph = torch.cuda.make_graphed_callables(policy, (image, state, torch.ones(num_envs, dtype=bool, device=device)))
+    return lambda image, state, is_first: graph(torch.from_numpy(image), state, torch.from_numpy(is_first))
+
+
 class Learner:
     """An agent with its three optimizers. Calling it with a batch does one update of everything and returns metrics.
 
@@ -1213,10 +1257,10 @@ class Learner:
         # Steps skipped for a non-finite loss or gradient: in a row, and in all.
         self.skipped = {name: torch.zeros(2, device=device) for name in self.optimizers}
         self.updates, self.warmup, self.graph = 0, 3, None
-        if cuda and args.compile:
-            rssm = agent.world_model.rssm
-            for name in ("observe_step", "imagine_step"):
-                setattr(rssm, name, torch.compile(getattr(rssm, name), dynamic=False))
+        self.imagine = imagine
+        if cuda and args.compile:  # the recurrences: hundreds of small kernels, where the time goes
+            self.imagine = torch.compile(imagine, dynamic=False)
+            agent.world_model.rssm.observe_span = torch.compile(agent.world_model.rssm.observe_span, dynamic=False)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         graph = self.device.type == "cuda" and self.args.cuda_graph
@@ -1264,7 +1308,7 @@ class Learner:
         with autocast(args, self.device):
             start = State(*(field.detach().flatten(0, 1) for field in post))  # (N, ...)
             with torch.set_grad_enabled(args.actor_grad != "reinforce"):
-                feat, action = imagine(model.rssm, agent.actor, start, args.imagine_horizon)
+                feat, action = self.imagine(model.rssm, agent.actor, start, args.imagine_horizon)
                 reward = model.reward.mean(feat)  # (H+1, N)
                 value = agent.slow_value(feat).float().squeeze(-1)  # targets and baseline, as in the official code
                 discount = torch.full_like(reward, args.discount)
@@ -1494,12 +1538,12 @@ def evaluate(agent: Dreamer, args: Args, episodes: int, seed: int, stop: list) -
     Frames are (T, 64, 64, 3) uint8; without `capture_video` there is only the first: those of a long game fill memory.
     It ends early when something gets into the list `stop`.
     """
-    envs = make_envs(args, 1)
+    envs, policy = make_envs(args, 1), fast_policy(agent, 1, mode=True)
     image, _ = envs.reset(seed=seed)
     is_first, is_last, state = np.ones(1, bool), np.zeros(1, bool), agent.initial_state(1)
     returns, total, frames = [], 0.0, [image[0]]
     while len(returns) < episodes and not stop:
-        action, state = agent.policy(image, state, is_first, mode=True)
+        action, state = policy(image, state, is_first)
         is_first = is_last  # the row after an episode's last is the next one's first
         image, reward, _, is_last = step_envs(envs, action.cpu().numpy())
         total += float(reward[0])
@@ -1708,7 +1752,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
     zeros = np.zeros((args.num_envs, action_size), np.float32)
     replay.close_streams(is_first)  # a resumed run's episodes
     replay.add(image, zeros, zeros[:, 0], is_first, is_last, is_last)
-    state = agent.initial_state(args.num_envs)
+    policy, state = fast_policy(agent, args.num_envs, args.action_noise), agent.initial_state(args.num_envs)
     episode_return, episode_frames = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
     metrics, image_errors = {}, []
     start, start_frames, start_updates = time.time(), counters.frames, learner.updates
@@ -1721,7 +1765,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         if counters.frames < args.seed_steps:
             action = random_actions(rng, args.num_envs, action_size)
         else:
-            action, state = agent.policy(image, state, is_first, noise=args.action_noise)
+            action, state = policy(image, state, is_first)
             action = action.cpu().numpy()
 
         # LEARN: on CUDA an update is only started here, and runs while the environments step

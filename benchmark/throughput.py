@@ -74,6 +74,22 @@ def product_speed(precision, device, n=2048):
     return 2e-9 * n**3 / statistics.median(times(lambda: a @ b, device, 5, 10))
 
 
+def profile(call, repeats=3):
+    """Number of GPU kernels of a call, their seconds, and the 40 that take most of them: [ms, count, name]."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    kernels = sorted(profiler.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
+    kernels = [(k.self_device_time_total / repeats / 1000, k.count / repeats, k.key) for k in kernels]
+    kernels = [kernel for kernel in kernels if kernel[0] > 0]
+    return (
+        sum(count for _, count, _ in kernels),
+        sum(ms for ms, _, _ in kernels) / 1000,
+        [[round(ms, 4), round(count, 1), name[:120]] for ms, count, name in kernels[:40]],
+    )
+
+
 def time_update(script, args, channels, device, repeats):
     """One update of world model, actor and critic, its batch drawn from a replay of random data."""
     learner = script.Learner(script.Dreamer(args, channels, ACTIONS).to(device), args, device)
@@ -93,6 +109,8 @@ def time_update(script, args, channels, device, repeats):
             "sample": summary(times(sample, device, 2, 20)),
         }
     if device.type == "cuda":
+        batch = sample()
+        result["kernels"], result["kernel_seconds"], result["profile"] = profile(lambda: learner(batch))
         result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     else:
         result["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -104,8 +122,8 @@ def time_policy(script, args, channels, device):
     result = {}
     for n in (1, 4, 16):
         image = np.random.default_rng(0).integers(0, 256, (n, channels, 64, 64), np.uint8)
-        state, no = agent.initial_state(n), np.zeros(n, bool)
-        seconds = times(lambda i=image, s=state, f=no: agent.policy(i, s, f)[0].cpu(), device, 30, 200)
+        policy, state, no = script.fast_policy(agent, n), agent.initial_state(n), np.zeros(n, bool)
+        seconds = times(lambda p=policy, i=image, s=state, f=no: p(i, s, f)[0].cpu(), device, 30, 200)
         result[f"policy_{n}"] = summary(seconds)
     return result
 
@@ -188,7 +206,7 @@ def main():
                 figures = [
                     f"{key} {value['median'] * 1000:.2f} ms" if isinstance(value, dict) else f"{key} {value:.2f}"
                     for key, value in row.items()
-                    if not isinstance(value, str)
+                    if not isinstance(value, str | list)
                 ]
                 print(f"{case:<9} {precision:<9} {mode:<14}", ", ".join(figures), flush=True)
 

@@ -1,6 +1,7 @@
 """Promises about the speed of updates: static shapes, no recompilation, one CUDA graph, the same numbers everywhere."""
 
 import contextlib
+import functools
 import re
 import time
 
@@ -52,14 +53,13 @@ def test_a_few_images_are_encoded_as_many_are(script):
         torch.testing.assert_close(encoder(images[:few]), many[:few])
 
 
-def test_the_compiled_steps_have_no_graph_break_and_are_never_compiled_again(script):
+def test_the_compiled_recurrences_have_no_graph_break_and_are_never_compiled_again(script):
     """With `aot_eager`, which traces forward and backward as the GPU's compiler does, without its compile time."""
     learner = make_learner(script)
     rssm = learner.agent.world_model.rssm
     torch._dynamo.reset()
-    for name in ("observe_step", "imagine_step"):
-        step = torch.compile(getattr(rssm, name), dynamic=False, fullgraph=True, backend="aot_eager")
-        setattr(rssm, name, step)
+    how = {"dynamic": False, "fullgraph": True, "backend": "aot_eager"}
+    rssm.observe_span, learner.imagine = torch.compile(rssm.observe_span, **how), torch.compile(script.imagine, **how)
     for seed in range(2):
         learner(make_batch(script, learner.args, seed))
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -142,6 +142,39 @@ def test_on_cuda_the_compiled_graph_gives_the_losses_of_the_eager_update(script)
             metrics = learner(batch)
         losses.append(metrics["losses/image"].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@needs_cuda
+def test_on_cuda_the_policys_graph_acts_as_the_policy_does(script, monkeypatch):
+    """With the weights of now, not those it was captured with; the latents are their modes, to compare."""
+    if hasattr(script, "sample_onehot"):
+        mode = lambda logits: torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)  # noqa: E731
+        monkeypatch.setattr(script, "sample_onehot", mode)
+    else:
+        monkeypatch.setattr(script, "sample_normal", lambda mean, std: mean)
+    learner = make_learner(script, torch.device("cuda"), precision="float32", compile=False)
+    agent, rng = learner.agent, np.random.default_rng(0)
+    graphed, actions = script.fast_policy(agent, 4, mode=True), []
+    learner.update(make_batch(script, learner.args, 0, torch.device("cuda")))
+    images = rng.integers(0, 256, (6, 4, 3, 64, 64), np.uint8)
+    is_first = rng.random((6, 4)) < 0.3
+    for policy in (graphed, functools.partial(agent.policy, mode=True)):
+        state = agent.initial_state(4)
+        for image, first in zip(images, is_first, strict=True):
+            action, state = policy(image, state, first)
+            actions.append(action.cpu())
+    torch.testing.assert_close(actions[:6], actions[6:], rtol=1e-3, atol=1e-3)
+
+
+@needs_cuda
+def test_on_cuda_the_layers_that_are_products_there_are_convolutions(script):
+    learner = make_learner(script, torch.device("cuda"), precision="float32")
+    model = learner.agent.world_model
+    image = (torch.rand(300, 3, 64, 64) - 0.5).to(memory_format=torch.channels_last)
+    feat = torch.randn(300, model.decoder.linear.in_features)
+    on_gpu = [model.encoder(image.cuda()).cpu(), model.decoder(feat.cuda()).cpu()]
+    model.cpu()
+    torch.testing.assert_close(on_gpu, [model.encoder(image), model.decoder(feat)], rtol=2e-2, atol=5e-3)
 
 
 @needs_cuda
