@@ -37,7 +37,6 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
-import functools
 import importlib
 import importlib.metadata
 import io
@@ -336,7 +335,7 @@ class DeepMindControl(gym.Env):
         self.env = suite.load(domain, task)
         # The same image at a lower cost: by default the off-screen buffer is 640x480.
         self.env.physics.model.vis.global_.offwidth = self.env.physics.model.vis.global_.offheight = 64
-        self.camera_id = 2 if domain == "quadruped" else 0
+        self.camera, self.camera_id = None, 2 if domain == "quadruped" else 0
         spec = self.env.action_spec()
         low, high = (np.broadcast_to(bound, spec.shape).astype(np.float32) for bound in (spec.minimum, spec.maximum))
         self.action_space = gym.spaces.Box(low, high)
@@ -353,14 +352,11 @@ class DeepMindControl(gym.Env):
         terminated = step.last() and step.discount == 0  # a time limit leaves the discount at 1
         return np.zeros(0, np.float32), step.reward or 0.0, terminated, step.last() and not terminated, {}
 
-    @functools.cached_property
-    def camera(self):
-        """Kept: `physics.render` makes a new one for each image, which takes a GPU longer than the image."""
-        from dm_control.mujoco.engine import Camera
-
-        return Camera(self.env.physics, 64, 64, camera_id=self.camera_id)
-
     def render(self) -> np.ndarray:
+        if self.camera is None:  # kept: `physics.render` makes one for each image, which takes longer than the image
+            from dm_control.mujoco.engine import Camera
+
+            self.camera = Camera(self.env.physics, 64, 64, camera_id=self.camera_id)
         return self.camera.render().copy()  # it writes every image to the same place
 
 
