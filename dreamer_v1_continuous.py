@@ -726,6 +726,7 @@ class RSSM(nn.Module):
         return State(*(torch.stack(fields) for fields in zip(*states, strict=True)))
 
 
+@torch.compiler.disable  # in the compiled loss too, spans are compiled one by one: all at once takes minutes
 def observe(rssm: RSSM, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None):
     """Filters a batch of sequences: posterior and prior states, each with (T, B, ...) fields.
 
@@ -936,6 +937,21 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Te
     return torch.stack(returns[::-1])
 
 
+def imagined_returns(agent: "Dreamer", start: State, args: Args) -> tuple[Tensor, ...]:
+    """Imagines from N posterior states: feat and action (H+1, N, ...), returns and weight (H-1, N)."""
+    model = agent.world_model
+    with torch.set_grad_enabled(args.actor_grad != "reinforce"):
+        feat, action = imagine(model.rssm, agent.actor, start, args.imagine_horizon)
+        reward = model.reward(feat[1:]).float().squeeze(-1)  # (H, N): the start state has no return of its own
+        value = agent.value(feat[1:]).float().squeeze(-1)
+        discount = torch.full_like(reward, args.discount)
+        if model.discount is not None:
+            discount = model.discount(feat[1:]).float().squeeze(-1).sigmoid()
+        returns = lambda_return(reward[:-1], value[:-1], discount[:-1], value[-1], args.td_lambda)  # (H-1, N)
+    weight = torch.cat([torch.ones_like(discount[:1]), discount[:-2]]).cumprod(0).detach()
+    return feat, action, returns, weight
+
+
 def actor_loss(actor: nn.Module, value: nn.Module, feat: Tensor, action: Tensor, returns: Tensor, weight, args: Args):
     """Equation 7 (`dynamics`), or the score-function form, over the states whose action an imagined return follows.
 
@@ -1096,10 +1112,14 @@ class Learner:
         # Steps skipped for a non-finite loss or gradient: in a row, and in all.
         self.skipped = {name: torch.zeros(2, device=device) for name in self.optimizers}
         self.updates, self.warmup, self.graph = 0, 3, None
-        self.imagine = imagine
-        if cuda and args.compile:  # the recurrences: hundreds of small kernels, where the time goes
-            self.imagine = torch.compile(imagine, dynamic=False)
-            agent.world_model.rssm.observe_span = torch.compile(agent.world_model.rssm.observe_span, dynamic=False)
+
+        def compiled(function: Callable) -> Callable:  # on CUDA, where thousands of small kernels take the time
+            return torch.compile(function, dynamic=False) if cuda and args.compile else function
+
+        self.world_model_loss, self.imagined_returns = compiled(world_model_loss), compiled(imagined_returns)
+        self.actor_loss, self.critic_loss = compiled(actor_loss), compiled(critic_loss)
+        if cuda and args.compile:
+            agent.world_model.rssm.observe_span = compiled(agent.world_model.rssm.observe_span)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         graph = self.device.type == "cuda" and self.args.cuda_graph
@@ -1132,7 +1152,7 @@ class Learner:
 
         # DYNAMICS LEARNING
         with autocast(args, self.device):
-            loss, post, metrics = world_model_loss(model, batch, args)
+            loss, post, metrics = self.world_model_loss(model, batch, args)
         metrics |= self.step("model", loss)
 
         # BEHAVIOUR LEARNING: imagine from every posterior state, through weights that stay as they are
@@ -1142,24 +1162,16 @@ class Learner:
             if model.discount is not None:  # the last state's episode may be over (official code)
                 post = State(*(field[:-1] for field in post))
             start = State(*(field.detach().flatten(0, 1) for field in post))  # (N, ...)
-            with torch.set_grad_enabled(args.actor_grad != "reinforce"):
-                feat, action = self.imagine(model.rssm, agent.actor, start, args.imagine_horizon)
-                reward = model.reward(feat[1:]).float().squeeze(-1)  # (H, N): the start state has no return of its own
-                value = agent.value(feat[1:]).float().squeeze(-1)
-                discount = torch.full_like(reward, args.discount)
-                if model.discount is not None:
-                    discount = model.discount(feat[1:]).float().squeeze(-1).sigmoid()
-                returns = lambda_return(reward[:-1], value[:-1], discount[:-1], value[-1], args.td_lambda)  # (H-1, N)
-            weight = torch.cat([torch.ones_like(discount[:1]), discount[:-2]]).cumprod(0).detach()
+            feat, action, returns, weight = self.imagined_returns(agent, start, args)
         with autocast(args, self.device):  # anew: autocast keeps casts without gradient
-            loss, entropy = actor_loss(agent.actor, agent.value, feat, action, returns, weight, args)
+            loss, entropy = self.actor_loss(agent.actor, agent.value, feat, action, returns, weight, args)
         for module in (model, agent.value):
             module.requires_grad_(True)
         metrics |= (
             {"losses/actor": loss, "actor/entropy": entropy} | action_metrics(action[1:]) | self.step("actor", loss)
         )
         with autocast(args, self.device):
-            loss = critic_loss(agent.value, feat[1:-1], returns, weight)
+            loss = self.critic_loss(agent.value, feat[1:-1], returns, weight)
         metrics |= {"losses/value": loss, "imagined/return": returns.mean()} | self.step("value", loss)
         return {name: metric.detach() for name, metric in metrics.items()}
 

@@ -834,6 +834,7 @@ class RSSM(nn.Module):
         return State(*(torch.stack(fields) for fields in zip(*states, strict=True)))
 
 
+@torch.compiler.disable  # in the compiled loss too, spans are compiled one by one: all at once takes minutes
 def observe(rssm: RSSM, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None):
     """Filters a batch of sequences: posterior states and the prior's logits, all (T, B, ...).
 
@@ -1053,6 +1054,29 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Te
     return torch.stack(returns[::-1])
 
 
+def imagined_returns(agent: "Dreamer", start: State, is_terminal: Tensor, args: Args) -> tuple[Tensor, ...]:
+    """Imagines from N posterior states: feat and action (H+1, N, ...), target (H, N), value and weight (H+1, N).
+
+    index       0         1         2     ...    H          0: a posterior state of the batch
+    reward      r_0       r_1       r_2          r_H        on arriving at the state
+    discount    d_0       d_1       d_2          d_H        d_0 is the true one: 0 if the episode is over there
+    weight      1         d_0       d_0 d_1                 that the imagined episode got this far
+    """
+    model = agent.world_model
+    with torch.set_grad_enabled(args.actor_grad != "reinforce"):
+        feat, action = imagine(model.rssm, agent.actor, start, args.imagine_horizon)
+        reward = model.reward.mean(feat)  # (H+1, N)
+        value = agent.slow_value(feat).float().squeeze(-1)  # targets and baseline, as in the official code
+        discount = torch.full_like(reward, args.discount)
+        if model.discount is not None:
+            true_discount = args.discount * (1 - is_terminal.float())
+            discount = model.discount(feat).float().squeeze(-1).sigmoid()
+            discount = torch.cat([true_discount[None], discount[1:]])
+        target = lambda_return(reward[:-1], value[:-1], discount[:-1], value[-1], args.td_lambda)  # (H, N)
+    weight = torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0).detach()  # (H+1, N)
+    return feat, action, target, value, weight
+
+
 def actor_loss(actor: nn.Module, feat: Tensor, action: Tensor, target: Tensor, baseline: Tensor, weight, args: Args):
     """Equation 6, over the states whose action an imagined target follows.
 
@@ -1221,10 +1245,14 @@ class Learner:
         # Steps skipped for a non-finite loss or gradient: in a row, and in all.
         self.skipped = {name: torch.zeros(2, device=device) for name in self.optimizers}
         self.updates, self.warmup, self.graph = 0, 3, None
-        self.imagine = imagine
-        if cuda and args.compile:  # the recurrences: hundreds of small kernels, where the time goes
-            self.imagine = torch.compile(imagine, dynamic=False)
-            agent.world_model.rssm.observe_span = torch.compile(agent.world_model.rssm.observe_span, dynamic=False)
+
+        def compiled(function: Callable) -> Callable:  # on CUDA, where thousands of small kernels take the time
+            return torch.compile(function, dynamic=False) if cuda and args.compile else function
+
+        self.world_model_loss, self.imagined_returns = compiled(world_model_loss), compiled(imagined_returns)
+        self.actor_loss, self.critic_loss = compiled(actor_loss), compiled(critic_loss)
+        if cuda and args.compile:
+            agent.world_model.rssm.observe_span = compiled(agent.world_model.rssm.observe_span)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         graph = self.device.type == "cuda" and self.args.cuda_graph
@@ -1259,37 +1287,23 @@ class Learner:
 
         # DYNAMICS LEARNING
         with autocast(args, self.device):
-            loss, post, metrics = world_model_loss(model, batch, args)
+            loss, post, metrics = self.world_model_loss(model, batch, args)
         metrics |= self.step("model", loss)
 
         # BEHAVIOUR LEARNING: imagine from every posterior state, through weights that stay as they are
-        #
-        #   index       0         1         2     ...    H          0: a posterior state of the batch
-        #   reward      r_0       r_1       r_2          r_H        on arriving at the state
-        #   discount    d_0       d_1       d_2          d_H        d_0 is the true one: 0 if the episode is over there
-        #   weight      1         d_0       d_0 d_1                 that the imagined episode got this far
         model.requires_grad_(False)  # gradients pass through the world model, none are computed for its weights
         with autocast(args, self.device):
             start = State(*(field.detach().flatten(0, 1) for field in post))  # (N, ...)
-            with torch.set_grad_enabled(args.actor_grad != "reinforce"):
-                feat, action = self.imagine(model.rssm, agent.actor, start, args.imagine_horizon)
-                reward = model.reward.mean(feat)  # (H+1, N)
-                value = agent.slow_value(feat).float().squeeze(-1)  # targets and baseline, as in the official code
-                discount = torch.full_like(reward, args.discount)
-                if model.discount is not None:
-                    true_discount = args.discount * (1 - batch.is_terminal.flatten().float())
-                    discount = model.discount(feat).float().squeeze(-1).sigmoid()
-                    discount = torch.cat([true_discount[None], discount[1:]])
-                target = lambda_return(reward[:-1], value[:-1], discount[:-1], value[-1], args.td_lambda)  # (H, N)
-            weight = torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0).detach()  # (H+1, N)
+            is_terminal = batch.is_terminal.flatten()
+            feat, action, target, value, weight = self.imagined_returns(agent, start, is_terminal, args)
         with autocast(args, self.device):  # anew: autocast keeps casts without gradient
-            loss, entropy = actor_loss(agent.actor, feat, action, target, value[:-2], weight[:-2], args)
+            loss, entropy = self.actor_loss(agent.actor, feat, action, target, value[:-2], weight[:-2], args)
         model.requires_grad_(True)
         metrics |= (
             {"losses/actor": loss, "actor/entropy": entropy} | action_metrics(action[1:]) | self.step("actor", loss)
         )
         with autocast(args, self.device):
-            loss = critic_loss(agent.value, feat[:-1], target, weight[:-1])
+            loss = self.critic_loss(agent.value, feat[:-1], target, weight[:-1])
         metrics |= {"losses/value": loss, "imagined/return": target.mean()} | self.step("value", loss)
         return {name: metric.detach() for name, metric in metrics.items()}
 

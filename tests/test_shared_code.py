@@ -56,6 +56,7 @@ BETWEEN_V1_AND_V2_CONTINUOUS = {
     "observe": LATENTS,
     "world_model_loss": "V1: one KL; V2: KL balancing, two-hot rewards",
     "imagine": EQUATION,
+    "imagined_returns": "V1's start state has no return of its own; V2 has a slow critic",
     "lambda_return": EQUATION,
     "actor_loss": "V1's start state has no return of its own; V2 has a baseline and an entropy bonus",
     "critic_loss": EQUATION,
