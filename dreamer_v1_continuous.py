@@ -938,7 +938,7 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Te
 
 
 def imagined_returns(agent: "Dreamer", start: State, args: Args) -> tuple[Tensor, ...]:
-    """Imagines from N posterior states: feat and action (H+1, N, ...), returns and weight (H-1, N)."""
+    """Imagines from N posterior states (algorithm 1): feat, action (H+1, N, ...), returns and weight (H-1, N)."""
     model = agent.world_model
     with torch.set_grad_enabled(args.actor_grad != "reinforce"):
         feat, action = imagine(model.rssm, agent.actor, start, args.imagine_horizon)

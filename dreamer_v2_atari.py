@@ -1055,7 +1055,7 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Te
 
 
 def imagined_returns(agent: "Dreamer", start: State, is_terminal: Tensor, args: Args) -> tuple[Tensor, ...]:
-    """Imagines from N posterior states: feat and action (H+1, N, ...), target (H, N), value and weight (H+1, N).
+    """Imagines from N posteriors (section 2.2): feat, action (H+1, N, ...), target (H, N), value, weight (H+1, N).
 
     index       0         1         2     ...    H          0: a posterior state of the batch
     reward      r_0       r_1       r_2          r_H        on arriving at the state
@@ -1065,7 +1065,7 @@ def imagined_returns(agent: "Dreamer", start: State, is_terminal: Tensor, args: 
     model = agent.world_model
     with torch.set_grad_enabled(args.actor_grad != "reinforce"):
         feat, action = imagine(model.rssm, agent.actor, start, args.imagine_horizon)
-        reward = model.reward.mean(feat)  # (H+1, N)
+        reward = model.reward.mean(feat)  # (H+1, N), as value and discount
         value = agent.slow_value(feat).float().squeeze(-1)  # targets and baseline, as in the official code
         discount = torch.full_like(reward, args.discount)
         if model.discount is not None:
@@ -1282,7 +1282,7 @@ class Learner:
         return self.metrics
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """Algorithm 1, the learning part."""
+        """One step of the world model (section 2.1), the actor and the critic (section 2.2)."""
         agent, model, args = self.agent, self.agent.world_model, self.args
 
         # DYNAMICS LEARNING
