@@ -1246,18 +1246,29 @@ def fast_policy(agent: Dreamer, num_envs: int, noise: float = 0.0, mode: bool = 
     if device.type == "cpu" or not agent.args.cuda_graph:
         return policy
     image = torch.zeros(num_envs, agent.channels, 64, 64, dtype=torch.uint8, device=device)
-    graph = torch.cuda.make_graphed_callables(policy, (image, state, torch.ones(num_envs, dtype=bool, device=device)))
+    is_first = torch.ones(num_envs, dtype=bool, device=device)
+    # Its own random numbers: it may run while an update draws some, and before torch 2.13 all graphs share an offset.
+    generator = torch.cuda.default_generators[image.get_device()]
+    shared, own = generator.graphsafe_get_state(), generator.clone_state()
+    own.manual_seed(int(torch.randint(2**31, ())))
+    generator.graphsafe_set_state(own)
+    graph = torch.cuda.make_graphed_callables(policy, (image, state, is_first))
+    generator.graphsafe_set_state(shared)
     return lambda image, state, is_first: graph(torch.from_numpy(image), state, torch.from_numpy(is_first))
 
 
 class Learner:
     """An agent with its three optimizers. Calling it with a batch does one update of everything and returns metrics.
 
-    Shapes are static and nothing waits for the device, so on CUDA the whole update is one graph.
+    Shapes are static and nothing waits for the device, so on CUDA the whole update is one graph. A call only starts it,
+    on a stream of its own. Until the next call `acting` has the weights from before it, so that acting need not wait;
+    what needs the new ones, or the metrics, calls `wait` first.
     """
 
     def __init__(self, agent: Dreamer, args: Args, device: torch.device):
         self.agent, self.args, self.device, cuda = agent, args, device, device.type == "cuda"
+        self.acting = copy.deepcopy(agent).requires_grad_(False) if cuda else agent
+        self.stream, self.second_stream = (torch.cuda.Stream(), torch.cuda.Stream()) if cuda else (None, None)
         # AdamW shrinks weights by learning_rate * decay; in the official factor there is no learning rate.
         self.optimizers = {
             name: torch.optim.AdamW(
@@ -1276,7 +1287,7 @@ class Learner:
         }
         # Steps skipped for a non-finite loss or gradient: in a row, and in all.
         self.skipped = {name: torch.zeros(2, device=device) for name in self.optimizers}
-        self.updates, self.warmup, self.graph = 0, 3, None
+        self.updates, self.warmup, self.static, self.graph = 0, 3, None, None
 
         def compiled(function: Callable) -> Callable:  # on CUDA, where thousands of small kernels take the time
             return torch.compile(function, dynamic=False) if cuda and args.compile else function
@@ -1287,29 +1298,41 @@ class Learner:
             agent.world_model.rssm.observe_span = compiled(agent.world_model.rssm.observe_span)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        graph = self.device.type == "cuda" and self.args.cuda_graph
-        metrics = self.replay_graph(batch) if graph else self.update(batch)
+        if self.stream is None:
+            return self.learn(batch)
+        caller = torch.cuda.current_stream()
+        self.stream.wait_stream(caller)  # it gathers the batch
+        with torch.cuda.stream(self.stream):
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.acting.parameters()), list(self.agent.parameters()))
+            self.static = self.static or Batch(*(torch.empty_like(field) for field in batch))
+            torch._foreach_copy_(list(self.static), list(batch))
+            caller.wait_stream(self.stream)  # for these copies, and so for the last update, but not for this one
+            return self.learn(self.static)
+
+    def wait(self) -> None:
+        """What the caller starts from now on comes after the updates started so far."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+    def learn(self, batch: Batch) -> dict[str, Tensor]:
+        """One update, as a graph where there is one; now and then the slow critic becomes the critic."""
+        metrics = self.replay_graph() if self.stream is not None and self.args.cuda_graph else self.update(batch)
         if self.updates % self.args.slow_target_update == 0:
             self.agent.slow_value.load_state_dict(self.agent.value.state_dict())
         self.updates += 1
         return metrics
 
-    def replay_graph(self, batch: Batch) -> dict[str, Tensor]:
-        """`update` as one CUDA graph."""
+    def replay_graph(self) -> dict[str, Tensor]:
+        """`update` of the batch in `static` as one CUDA graph."""
         if self.graph is None:
             if self.warmup:  # compilation and the optimizers' first steps must come before the capture
                 self.warmup -= 1
-                stream = torch.cuda.Stream()
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    metrics = self.update(batch)
-                torch.cuda.current_stream().wait_stream(stream)
-                return metrics
-            self.static, self.graph = Batch(*(field.clone() for field in batch)), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # the prefetch thread may go on
+                return self.update(self.static)
+            self.graph = torch.cuda.CUDAGraph()
+            # On this stream, since cuBLAS has a workspace for each; the prefetch thread may go on.
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.metrics = self.update(self.static)
-        for static, field in zip(self.static, batch, strict=True):
-            static.copy_(field, non_blocking=True)
         self.graph.replay()
         return self.metrics
 
@@ -1328,22 +1351,38 @@ class Learner:
             start = State(*(field.detach().flatten(0, 1) for field in post))  # (N, ...)
             is_terminal = batch.is_terminal.flatten()
             feat, action, target, value, weight = self.imagined_returns(agent, start, is_terminal, args)
-        with autocast(args, self.device):  # anew: autocast keeps casts without gradient
+        with self.beside():  # the critic learns beside the actor
+            with autocast(args, self.device):  # anew: autocast keeps casts without gradient
+                loss = self.critic_loss(agent.value, feat[:-1], target, weight[:-1])
+            metrics |= {"losses/value": loss, "imagined/return": target.mean()} | self.step("value", loss)
+        with autocast(args, self.device):
             loss, entropy = self.actor_loss(agent.actor, feat, action, target, value[:-2], weight[:-2], args)
         model.requires_grad_(True)
-        metrics |= (
-            {"losses/actor": loss, "actor/entropy": entropy} | action_metrics(action[1:]) | self.step("actor", loss)
-        )
-        with autocast(args, self.device):
-            loss = self.critic_loss(agent.value, feat[:-1], target, weight[:-1])
-        metrics |= {"losses/value": loss, "imagined/return": target.mean()} | self.step("value", loss)
+        metrics |= {"losses/actor": loss, "actor/entropy": entropy} | action_metrics(action[1:])
+        metrics |= self.step("actor", loss)
+        self.join()
         return {name: metric.detach() for name, metric in metrics.items()}
 
+    def beside(self) -> contextlib.AbstractContextManager:
+        """On CUDA a second stream, where what is started computes beside what is started elsewhere until `join`."""
+        if self.second_stream is None:
+            return contextlib.nullcontext()
+        self.second_stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self.second_stream)
+
+    def join(self) -> None:
+        if self.second_stream is not None:
+            torch.cuda.current_stream().wait_stream(self.second_stream)
+
     def step(self, name: str, loss: Tensor) -> dict[str, Tensor]:
+        """One step down a loss."""
+        self.optimizers[name].zero_grad(set_to_none=True)
+        loss.backward()
+        return self.apply_gradient(name, loss)
+
+    def apply_gradient(self, name: str, loss: Tensor) -> dict[str, Tensor]:
         """One step at clipped gradient; a non-finite loss or gradient skips it without waiting for the device."""
         optimizer = self.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         parameters = optimizer.param_groups[0]["params"]
         norm = nn.utils.clip_grad_norm_(parameters, self.args.grad_clip)
         bad = (~(norm.isfinite() & loss.isfinite())).float()
@@ -1355,6 +1394,7 @@ class Learner:
 
     def check_finite(self, metrics: dict[str, Tensor]) -> None:
         """Raises `UserError` after 10 skipped steps in a row. Waits for the device."""
+        self.wait()
         if any(row >= 10 for row, _ in self.skipped.values()):
             terms = ", ".join(name for name, metric in metrics.items() if not metric.isfinite())
             raise UserError(
@@ -1706,12 +1746,13 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
     image_shape, action_size = probe_env(args)
     run_dir, checkpoint = open_run(args)
     agent = Dreamer(args, image_shape[0], action_size).to(device)
+    if checkpoint:
+        agent.load(checkpoint)
     learner = Learner(agent, args, device)
     slack = args.checkpoint_interval // (args.action_repeat * args.num_envs) + 2
     replay = Replay(run_dir / "replay", args.replay_capacity, slack, args.num_envs, image_shape, action_size, device)
     counters = Counters(next_train=args.seed_steps, next_eval=args.eval_every, next_save=args.checkpoint_interval)
     if checkpoint:
-        agent.load(checkpoint)
         learner.load_state_dict(checkpoint["learner"])
         replay.restore(checkpoint["replay_rows"])
         counters = Counters(**checkpoint["counters"])
@@ -1726,6 +1767,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
     stack.callback(logger.close)
 
     def save() -> None:
+        learner.wait()
         state = {
             "format": FORMAT,
             "channels": image_shape[0],
@@ -1762,7 +1804,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
     zeros = np.zeros((args.num_envs, action_size), np.float32)
     replay.close_streams(is_first)  # a resumed run's episodes
     replay.add(image, zeros, zeros[:, 0], is_first, is_last, is_last)
-    policy, state = fast_policy(agent, args.num_envs, args.action_noise), agent.initial_state(args.num_envs)
+    policy, state = fast_policy(learner.acting, args.num_envs, args.action_noise), agent.initial_state(args.num_envs)
     episode_return, episode_frames = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
     metrics, image_errors = {}, []
     start, start_frames, start_updates = time.time(), counters.frames, learner.updates
@@ -1778,7 +1820,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
             action, state = policy(image, state, is_first)
             action = action.cpu().numpy()
 
-        # LEARN: on CUDA an update is only started here, and runs while the environments step
+        # LEARN: on CUDA an update is only started here, and runs while the agent acts and the environments step
         if counters.frames >= counters.next_train and len(replay) >= args.train_seq_len:
             counters.updates_due += args.update_steps if learner.updates else args.pretrain
             counters.next_train = max(counters.next_train, counters.frames - args.collect_steps) + args.collect_steps
@@ -1829,6 +1871,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
 
         # EVALUATE
         if args.eval_every and not stop_signals and (counters.frames >= counters.next_eval or done):
+            learner.wait()
             try:
                 returns, frames = evaluate(agent, args, args.eval_episodes, args.seed + counters.frames, stop_signals)
             except Exception as error:  # whatever an environment raises

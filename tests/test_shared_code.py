@@ -64,7 +64,7 @@ BETWEEN_V1_AND_V2_CONTINUOUS = {
     "Dreamer.__init__": "V2 has a slow critic",
     "Dreamer.parameter_count": "V2's slow critic is not trained",
     "Learner.__init__": "V2 decays weights",
-    "Learner.__call__": "V2 copies the critic every 100 updates",
+    "Learner.learn": "V2 copies the critic every 100 updates",
     "Learner.update": "the behaviour's alignment",
 }
 

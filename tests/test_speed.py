@@ -1,6 +1,7 @@
 """Promises about the speed of updates: static shapes, no recompilation, one CUDA graph, the same numbers everywhere."""
 
 import contextlib
+import copy
 import functools
 import re
 import time
@@ -72,7 +73,10 @@ def test_what_is_compiled_has_no_graph_break_and_is_never_compiled_again(script)
 
 
 def test_the_graph_gets_every_batch_and_every_update_counts(script, monkeypatch):
-    """`replay_graph` with a stand-in for CUDA's graphs: one whose replay runs the update on the static batch."""
+    """A call on CUDA with stand-ins for streams and graphs: a graph whose replay runs the update on the static batch.
+
+    Who acts meanwhile has the weights from before each update.
+    """
     plain, graphed = make_learner(script), make_learner(script)
 
     class Graph:
@@ -83,25 +87,28 @@ def test_the_graph_gets_every_batch_and_every_update_counts(script, monkeypatch)
     graphed.real_update, recorded = graphed.update, []
 
     @contextlib.contextmanager
-    def capture(graph, capture_error_mode):  # a capture records and computes nothing
+    def capture(graph, stream, capture_error_mode):  # a capture records and computes nothing
         graphed.update = lambda batch: recorded.append(batch) or {k: v.clone() for k, v in last.items()}
         yield
         graphed.update = graphed.real_update
 
     stream = type("Stream", (), {"wait_stream": lambda self, other: None})
-    monkeypatch.setattr(torch.cuda, "Stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
+    graphed.stream, graphed.acting = stream(), copy.deepcopy(graphed.agent).requires_grad_(False)
     for seed in range(6):
         batch = make_batch(script, plain.args, seed)
+        before = copy.deepcopy(plain.agent)
         torch.manual_seed(seed)
-        expected = plain.update(batch)
+        expected = plain(batch)
         torch.manual_seed(seed)
-        last = graphed.replay_graph(batch)
+        last = graphed(batch)
         assert expected.keys() == last.keys()
         assert all(torch.equal(expected[name], last[name]) for name in expected), f"update {seed}"
+        for now, old in zip(graphed.acting.parameters(), before.parameters(), strict=True):
+            assert torch.equal(now, old)
     assert len(recorded) == 1, "captured once"
 
 
@@ -143,6 +150,7 @@ def test_on_cuda_the_compiled_graph_gives_the_losses_of_the_eager_update(script)
         batches = [make_batch(script, learner.args, seed, device) for seed in range(8)]
         for batch in batches:
             metrics = learner(batch)
+        learner.wait()
         losses.append(metrics["losses/image"].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -167,6 +175,29 @@ def test_on_cuda_the_policys_graph_acts_as_the_policy_does(script, monkeypatch):
             action, state = policy(image, state, first)
             actions.append(action.cpu())
     torch.testing.assert_close(actions[:6], actions[6:], rtol=1e-3, atol=1e-3)
+
+
+@needs_cuda
+def test_on_cuda_acting_beside_an_update_changes_neither(script):
+    """The policy's graph replayed while updates run: both give the numbers that they give one after the other."""
+    device, results = torch.device("cuda"), []
+    for beside in (False, True):
+        torch.manual_seed(0)
+        learner = make_learner(script, device, precision="float32", compile=False)
+        policy, state = script.fast_policy(learner.acting, 4, mode=False), learner.agent.initial_state(4)
+        rng, actions = np.random.default_rng(0), []
+        for seed in range(8):
+            metrics = learner(make_batch(script, learner.args, seed, device))
+            for _ in range(5):
+                if not beside:
+                    torch.cuda.synchronize()
+                image = rng.integers(0, 256, (4, 3, 64, 64), np.uint8)
+                action, state = policy(image, state, np.zeros(4, bool))
+                actions.append(action.cpu())
+        learner.wait()
+        weights = [parameter.flatten().cpu() for parameter in learner.agent.parameters()]
+        results.append((torch.stack(actions), torch.cat(weights), metrics["losses/image"].item()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
 
 
 @needs_cuda
