@@ -1173,17 +1173,19 @@ class Learner:
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """Algorithm 1, the learning part."""
         agent, model, args = self.agent, self.agent.world_model, self.args
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
 
         # DYNAMICS LEARNING
         with autocast(args, self.device):
             model_loss, post, metrics = self.world_model_loss(model, batch, args)
-        beside = self.beside()
-        self.optimizers["model"].zero_grad(set_to_none=True)
+        if self.second_stream is not None:  # it goes on from here, beside the gradient of the world model
+            self.second_stream.wait_stream(torch.cuda.current_stream())
         model_loss.backward()
 
         # BEHAVIOUR LEARNING: imagine from every posterior state, through the weights from before this update, as in the
-        # official code; so it needs to wait for no gradient of the world model
-        with beside:
+        # official code
+        with torch.cuda.stream(self.second_stream):  # None on the CPU: does nothing
             for module in (model, agent.value):  # gradients pass through them, none are computed for their weights
                 module.requires_grad_(False)
             with autocast(args, self.device):
@@ -1195,34 +1197,20 @@ class Learner:
                 loss, entropy = self.actor_loss(agent.actor, agent.value, feat, action, returns, weight, args)
             for module in (model, agent.value):
                 module.requires_grad_(True)
+            loss.backward()
             metrics |= {"losses/actor": loss, "actor/entropy": entropy} | action_metrics(action[1:])
             metrics |= self.step("actor", loss)
             with autocast(args, self.device):
                 loss = self.critic_loss(agent.value, feat[1:-1], returns, weight)
+            loss.backward()
             metrics |= {"losses/value": loss, "imagined/return": returns.mean()} | self.step("value", loss)
-        self.join()
-        metrics |= self.apply_gradient("model", model_loss)
-        return {name: metric.detach() for name, metric in metrics.items()}
-
-    def beside(self) -> contextlib.AbstractContextManager:
-        """On CUDA a second stream, where what is started computes beside what is started elsewhere until `join`."""
-        if self.second_stream is None:
-            return contextlib.nullcontext()
-        self.second_stream.wait_stream(torch.cuda.current_stream())
-        return torch.cuda.stream(self.second_stream)
-
-    def join(self) -> None:
         if self.second_stream is not None:
             torch.cuda.current_stream().wait_stream(self.second_stream)
+        metrics |= self.step("model", model_loss)
+        return {name: metric.detach() for name, metric in metrics.items()}
 
     def step(self, name: str, loss: Tensor) -> dict[str, Tensor]:
-        """One step down a loss."""
-        self.optimizers[name].zero_grad(set_to_none=True)
-        loss.backward()
-        return self.apply_gradient(name, loss)
-
-    def apply_gradient(self, name: str, loss: Tensor) -> dict[str, Tensor]:
-        """One step at clipped gradient; a non-finite loss or gradient skips it without waiting for the device."""
+        """One step at the clipped gradient of `loss`; if either is not finite, none, without waiting for the device."""
         optimizer = self.optimizers[name]
         parameters = optimizer.param_groups[0]["params"]
         norm = nn.utils.clip_grad_norm_(parameters, self.args.grad_clip)

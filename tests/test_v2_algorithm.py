@@ -610,6 +610,8 @@ def test_entropy_bonus_spreads_the_actor_out(kind):
     entropies = []
     for _ in range(30):
         loss, entropy = v2.actor_loss(agent.actor, feat, action, zeros, zeros[1:], weight, agent.args)
+        agent.zero_grad()
+        loss.backward()
         learner.step("actor", loss)
         entropies.append(entropy.item())
     assert entropies[-1] > entropies[0] + 0.01
@@ -635,7 +637,7 @@ def test_each_of_the_three_losses_gives_gradients_to_its_own_weights_and_to_no_o
 
     monkeypatch.setattr(torch.Tensor, "backward", watched)
     learner(make_batch(v2))
-    assert seen == [["model"], ["value"], ["actor"]], "each loss its own weights"
+    assert seen == [["model"], ["actor"], ["value"]], "each loss its own weights"
     assert all(
         parameter.requires_grad for part in ("model", "actor", "value") for parameter in modules[part].parameters()
     )
@@ -667,7 +669,9 @@ def test_weight_decay_multiplies_every_weight_and_bias_by_1_minus_1e_6_whatever_
     module = {"model": agent.world_model, "actor": agent.actor, "value": agent.value}[name]
     before = [parameter.detach().clone() for parameter in module.parameters()]
     for _ in range(100):
-        learner.step(name, sum(parameter.sum() * 0 for parameter in module.parameters()))
+        loss = sum(parameter.sum() * 0 for parameter in module.parameters())
+        loss.backward()
+        learner.step(name, loss)
     for old, new in zip(before, module.parameters(), strict=True):
         torch.testing.assert_close(new.detach(), old * (1 - 1e-6) ** 100, rtol=1e-12, atol=0)
 
@@ -681,7 +685,10 @@ def test_each_step_is_the_official_one_decay_then_adam_at_the_clipped_gradient(v
     first, second = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
     for step in range(1, 4):
         gradients = [noise(*w.shape, seed=10 * step).double() * step for w in weights]
-        metrics = learner.step("actor", sum((p * g).sum() for p, g in zip(parameters, gradients, strict=True)))
+        agent.zero_grad()
+        loss = sum((p * g).sum() for p, g in zip(parameters, gradients, strict=True))
+        loss.backward()
+        metrics = learner.step("actor", loss)
         norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
         assert norm > 1 and metrics["grad_norm/actor"].item() == pytest.approx(norm.item())
         for i, gradient in enumerate(gradients):
