@@ -153,7 +153,7 @@ class Args:
     """classes of each"""
     deter_size: int = 600
     """size of the recurrent state, and of the RSSM's hidden layers"""
-    obs_embed_size: int = 1024
+    obs_embed_size: int = 0
     """size of a Linear after the encoder's convolutions (0: none, as in the official code)"""
     cnn_depth: int = 32
     """channels of the encoder's first convolution"""
@@ -167,9 +167,9 @@ class Args:
     """hidden layers of the critic"""
     actor_layers: int = 4
     """hidden layers of the actor"""
-    act: Literal["silu", "elu"] = "silu"
+    act: Literal["silu", "elu"] = "elu"
     """activation function of the linear layers (the paper's: elu)"""
-    layer_norm: bool = True
+    layer_norm: bool = False
     """LayerNorm in the hidden layers (the paper: no; its GRU has one in either case)"""
     reward_head: Literal["twohot", "mse"] = "twohot"
     """rewards as a two-hot classification over symlog bins, or the paper's regression"""

@@ -1,0 +1,110 @@
+"""Does a world model come to see Pong's ball and paddles? Trains the Atari script's alone, small, on random play.
+
+    python benchmark/seen_objects.py                                                    # the default architecture
+    python benchmark/seen_objects.py -- --layer-norm --act silu --obs-embed-size 128    # what comes after -- are flags
+
+Every 200 updates it prints the loss of the images in nats over its constant, the KL, the standard deviation of the
+posterior's logits, and the share of what varies in the images that the decoder shows. So that it takes minutes on one
+core and not hours, the sizes are small, the learning rate is 1e-3 and what varies in the images is doubled.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from run import Parser
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import dreamer_v2_atari as dreamer  # noqa: E402
+
+SIZES = {
+    "num_envs": 8,
+    "cnn_depth": 16,
+    "units": 128,
+    "deter_size": 128,
+    "batch_size": 8,
+    "train_seq_len": 16,
+    "model_learning_rate": 1e-3,
+}
+CPU = torch.device("cpu")
+
+
+def play(args, folder, steps, rng):
+    """A replay of random play."""
+    shape, action_size = dreamer.probe_env(args)
+    replay = dreamer.Replay(folder, 40_000, 2, args.num_envs, shape, action_size, CPU)
+    envs = dreamer.make_envs(args, args.num_envs)
+    image, _ = envs.reset(seed=args.seed)
+    is_first, no = np.ones(args.num_envs, bool), np.zeros(args.num_envs, bool)
+    zeros = np.zeros((args.num_envs, action_size), np.float32)
+    replay.add(image, zeros, zeros[:, 0], is_first, no, no)
+    is_last = no
+    for _ in range(steps):
+        action = dreamer.random_actions(rng, args.num_envs, action_size)
+        image, reward, is_terminal, ended = dreamer.step_envs(envs, action)
+        is_first, is_last = is_last, ended
+        action[is_first] = 0
+        replay.add(image, action, reward, is_first, is_terminal, is_last)
+    envs.close()
+    return replay, shape, action_size
+
+
+@torch.no_grad()
+def measure(model, batch):
+    """Standard deviation of the logits, and the share of what varies in the images that is shown."""
+    T, B = batch.reward.shape
+    image = dreamer.pixels_to_float(batch.image.flatten(0, 1))
+    embed = model.encoder(image).unflatten(0, (T, B))
+    post, _ = dreamer.observe(model.rssm, embed, batch.action, batch.is_first)
+    feat = torch.cat([post.logit.softmax(-1).flatten(-2), post.deter], -1)[4:]
+    true, shown = image.unflatten(0, (T, B))[4:].flatten(0, 1), model.decoder(feat.flatten(0, 1))
+    true, shown = true - true.mean(0), shown - shown.mean(0)
+    return post.logit[4:].std((0, 1)).mean().item(), ((true * shown).sum() / true.square().sum()).item()
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--updates", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("flags", nargs="*", help="flags of the script, after --")
+    options = parser.parse_args()
+    try:
+        given = dreamer.parse_args(options.flags)
+        changed = {key: value for key, value in vars(given).items() if value != getattr(dreamer.Args(), key)}
+        args = dreamer.check_args(dataclasses.replace(dreamer.Args(), **SIZES | changed | {"seed": options.seed}))
+    except dreamer.UserError as error:
+        parser.error(str(error))
+    torch.set_num_threads(1)
+    dreamer.tune_cpu()
+    rng = np.random.default_rng(args.seed)
+    torch.manual_seed(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        replay, shape, action_size = play(args, Path(folder), 2500, rng)
+        learner = dreamer.Learner(dreamer.Dreamer(args, shape[0], action_size), args, CPU)
+        model, constant = learner.agent.world_model, 0.5 * math.log(2 * math.pi) * math.prod(shape)
+        images = replay.steps["image"][200:2400:3].reshape(-1, *shape).astype(np.float32) / 255 - 0.5
+        mean, to_float = torch.from_numpy(images.mean(0)), dreamer.pixels_to_float
+        dreamer.pixels_to_float = lambda image: mean + 2 * (to_float(image) - mean)
+        print(f"the mean image alone: {2 * np.square(images - images.mean(0)).sum((1, 2, 3)).mean():.2f} nats")
+        losses = []
+        for update in range(1, options.updates + 1):
+            batch = replay.sample(rng, args.batch_size, args.train_seq_len)
+            loss, _, metrics = dreamer.world_model_loss(model, batch, args)
+            learner.optimizers["model"].zero_grad()
+            loss.backward()
+            learner.step("model", loss)
+            losses.append((metrics["losses/image"].item() - constant, metrics["losses/kl"].item()))
+            if update % 200 == 0:
+                image, kl = np.mean(losses[-100:], 0)
+                varies, share = measure(model, replay.sample(np.random.default_rng(7), 16, 16))
+                figures = f"images {image:.2f} nats, KL {kl:.3f} nats, logits vary by {varies:.4f}, shown {share:.1%}"
+                print(f"update {update}: {figures}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
