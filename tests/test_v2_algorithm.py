@@ -58,6 +58,25 @@ def make_batch(v2, seed: int = 0):
     return v2.Batch(image, action, 3 * torch.randn(T, B, generator=draw), is_first, is_terminal)
 
 
+@pytest.mark.parametrize("act", ["elu", "silu"])
+def test_convolutions_let_through_what_differs_between_images_and_between_latents(v2, act):
+    """At the start, at full size: a ball of two pixels in 20 places, 50 random latents.
+
+    With ELU 2.2e-3 and 0.032 are left of it; with SiLU, where Pong was never seen, 1.5e-4 and 0.0048.
+    """
+    torch.manual_seed(0)
+    args = v2.Args(act=act, obs_embed_size=0, cnn_depth=32)
+    encoder, decoder = v2.Encoder(args, 1), v2.Decoder(args, 1624, 1)
+    v2.init_weights(encoder)
+    v2.init_weights(decoder)
+    image = torch.full((20, 1, 64, 64), -0.16)
+    for i in range(20):
+        image[i, :, 3 * i : 3 * i + 2, 30] = 0.4
+    with torch.no_grad():
+        assert encoder(image).std(0).mean() > 1e-3
+        assert decoder(torch.randn(50, 1624)).std(0).mean() > 0.015
+
+
 def make_learner(agent):
     """The learner of this agent, in the agent's script."""
     return importlib.import_module(type(agent).__module__).Learner(agent, agent.args, CPU)
