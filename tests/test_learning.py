@@ -21,6 +21,8 @@ pytestmark = pytest.mark.timeout(900)
 
 SMALL = {
     "precision": "float32",
+    "act": "silu",  # with V2 Atari's default layers the dot is learned more slowly: 20.2 after 6,000 frames
+    "layer_norm": True,
     "action_repeat": 1,
     "total_steps": 3000,
     "seed_steps": 500,
@@ -87,7 +89,6 @@ MEMORY_V1 = MEMORY | {
 MEMORY_V2 = MEMORY | {"total_steps": 3000, "kl_loss_coeff": 0.1, "model_learning_rate": 1.5e-3}  # the latent's price
 MEMORY_V1_REINFORCE = MEMORY_V1 | {"actor_grad": "reinforce", "actor_learning_rate": 1e-3, "actor_entropy": 0.03}
 BALL = {"total_steps": 8000, "cnn_depth": 12, "kl_loss_coeff": 0.1}  # the Atari defaults' KL
-BALL |= {"act": "silu", "layer_norm": True}  # drawn after 1700 updates; with the paper's layers not in 3100
 NO_HEAD = {"total_steps": 1500, "pred_discount": False}
 
 
