@@ -640,8 +640,13 @@ def pixels_to_float(image: Tensor) -> Tensor:
 
 def conv_as_product(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """`conv` (4x4, stride 2) as the matrix product of patches (N, h, w, kh * kw * C) and weights."""
-    patches = x.permute(0, 2, 3, 1).unfold(1, 4, 2).unfold(2, 4, 2).permute(0, 1, 2, 4, 5, 3)
-    return F.linear(patches.flatten(3), conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias).permute(0, 3, 1, 2)
+    x = x.permute(0, 2, 3, 1)
+    if x.shape[1] == 6:  # four patches: as slices, whose gradient takes less time than that of `unfold`
+        patches = torch.stack([x[:, i : i + 4, j : j + 4] for i in (0, 2) for j in (0, 2)], 1)
+        patches = patches.flatten(2).unflatten(1, (2, 2))
+    else:
+        patches = x.unfold(1, 4, 2).unfold(2, 4, 2).permute(0, 1, 2, 4, 5, 3).flatten(3)
+    return F.linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
 class Encoder(nn.Module):
@@ -663,18 +668,18 @@ class Encoder(nn.Module):
         # between two images, and in the decoder an 8th of what differs between two latents: small objects are lost.
         x = image
         for conv in self.convs:
-            # For the few pixels of a step of the policy, oneDNN's convolution spends its time on reordering weights.
-            # cuDNN's for one or three channels does not use the tensor cores.
-            as_product = x[:, 0].numel() <= 800 or (x.is_cuda and x.shape[1] <= 3)
+            # For the few pixels of a step of the policy, oneDNN's convolution spends its time on reordering weights;
+            # to 2x2 pixels it is slow. cuDNN's for one or three channels does not use the tensor cores.
+            as_product = x[:, 0].numel() <= 800 or (x.shape[1] <= 3 if x.is_cuda else x.shape[-1] == 6)
             x = F.elu(conv_as_product(x, conv) if as_product else conv(x))
         return self.linear(x.permute(0, 2, 3, 1).flatten(1))  # (h, w, c) order, as the official code flattens
 
 
 def conv_transpose_1x1(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
     """`conv` of 1x1 images (N, in) -> (N, out, k, k), as the matrix product it is."""
-    size, out, k, _ = conv.weight.shape
-    weight = conv.weight.permute(2, 3, 1, 0).reshape(k * k * out, size)
-    return F.linear(x, weight, conv.bias.repeat(k * k)).view(-1, k, k, out).permute(0, 3, 1, 2)
+    _, out, k, _ = conv.weight.shape
+    y = F.linear(x, conv.weight.flatten(1).t(), conv.bias.repeat_interleave(k * k))
+    return y.view(-1, out, k, k).to(memory_format=torch.channels_last)
 
 
 def sub_pixel_conv_transpose(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -702,9 +707,11 @@ class SubPixelConvTranspose(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = (saved.to(grad.dtype) for saved in ctx.saved_tensors)
-        return torch.ops.aten.convolution_backward(
-            *(grad, x, weight, [weight.shape[1]], [2, 2], [0, 0], [1, 1], True, [0, 0], 1), ctx.needs_input_grad
+        for_x, for_weight, _ = ctx.needs_input_grad
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            *(grad, x, weight, None, [2, 2], [0, 0], [1, 1], True, [0, 0], 1), (for_x, for_weight, False)
         )
+        return grad_x, grad_weight, grad.sum((0, 2, 3))  # oneDNN's own sum takes up to half of the backward pass
 
 
 class Decoder(nn.Module):
