@@ -1069,7 +1069,8 @@ class Dreamer(nn.Module):
         """
         rssm = self.world_model.rssm
         device = rssm.input.weight.device
-        with autocast(self.args, device):
+        # On the CPU in float32: for a few images, casting the weights takes longer than bfloat16 saves.
+        with autocast(self.args, device) if device.type == "cuda" else contextlib.nullcontext():
             image = pixels_to_float(torch.as_tensor(image, device=device))
             projected = rssm.project_embed(self.world_model.encoder(image))
             latent = rssm.observe_step(*state, projected, torch.as_tensor(is_first, device=device))
