@@ -5,7 +5,7 @@
 
 Every 200 updates it prints the loss of the images in nats over its constant, the KL, the standard deviation of the
 posterior's logits, and the share of what varies in the images that the decoder shows. So that it takes minutes on one
-core and not hours, the sizes are small, the learning rate is 1e-3 and what varies in the images is doubled.
+core and not hours, the sizes are small, the learning rate is 1e-3 and `--contrast` doubles what varies in the images.
 """
 
 import argparse
@@ -71,6 +71,7 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--contrast", type=float, default=2.0, help="factor on what varies in the images")
     parser.add_argument("flags", nargs="*", help="flags of the script, after --")
     options = parser.parse_args()
     try:
@@ -89,12 +90,14 @@ def main():
         model, constant = learner.agent.world_model, 0.5 * math.log(2 * math.pi) * math.prod(shape)
         images = replay.steps["image"][200:2400:3].reshape(-1, *shape).astype(np.float32) / 255 - 0.5
         mean, to_float = torch.from_numpy(images.mean(0)), dreamer.pixels_to_float
-        dreamer.pixels_to_float = lambda image: mean + 2 * (to_float(image) - mean)
-        print(f"the mean image alone: {2 * np.square(images - images.mean(0)).sum((1, 2, 3)).mean():.2f} nats")
+        dreamer.pixels_to_float = lambda image: mean + options.contrast * (to_float(image) - mean)
+        nats = 0.5 * options.contrast**2 * np.square(images - images.mean(0)).sum((1, 2, 3)).mean()
+        print(f"the mean image alone: {nats:.2f} nats", flush=True)
         losses = []
         for update in range(1, options.updates + 1):
             batch = replay.sample(rng, args.batch_size, args.train_seq_len)
-            loss, _, metrics = dreamer.world_model_loss(model, batch, args)
+            with dreamer.autocast(args, CPU):
+                loss, _, metrics = dreamer.world_model_loss(model, batch, args)
             learner.optimizers["model"].zero_grad()
             loss.backward()
             learner.step("model", loss)
