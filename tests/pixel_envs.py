@@ -229,17 +229,18 @@ class TwoPixelBall(PixelEnv):
     """Catch a ball of two pixels with a paddle: 34 steps, eight balls, ended by the time limit only.
 
     The ball is one pixel wide and two high, light on black. It appears at the top in one of three columns, falls
-    straight down by 18 pixels a step and lands 3 steps later beside or on the paddle, which is 18 pixels wide and moves
+    straight down by 16 pixels a step and lands 3 steps later beside or on the paddle, which is 18 pixels wide and moves
     by at most 14 a step (Discrete(3): left, stay, right); the next step brings the next ball. Reward when a ball lands:
     +1 if a pixel of the paddle is under it, else -1; all other steps 0. Every ball can be caught by an agent that sets
     out at once. State: ball x, ball y, paddle x, in units of the screen.
     Random and blind (does not see the ball; the middle is as good as any place) fail: the paddle covers one of the
-    three columns. The ball is but two of the 4096 pixels of the image error, yet the reward depends on it.
+    three columns. The ball is but two of the 4096 pixels of the image error, yet the reward depends on it. The paddle
+    is not at the bottom: the encoder does not see the last two rows of pixels, and half as much of the two before.
     """
 
     num_state = 3
     columns = (12, 32, 52)
-    fall_steps, fall, speed, half = 3, 18, 14.0, 9
+    fall_steps, fall, speed, half = 3, 16, 14.0, 9
 
     def start(self):
         self.paddle = 32.0  # the paddle's middle
@@ -269,7 +270,7 @@ class TwoPixelBall(PixelEnv):
 
     def render(self):
         image = self._blank.copy()
-        draw(image, (92, 186, 92), self.paddle_left(), 60, 2 * self.half, 3)
+        draw(image, (92, 186, 92), self.paddle_left(), 54, 2 * self.half, 3)
         draw(image, (236, 236, 236), self.column, self.ball_top(), 1, 2)
         return image
 
