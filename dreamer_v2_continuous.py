@@ -80,7 +80,7 @@ class Args:
     cuda: bool = True
     """train on the GPU if there is one"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """autocast precision of the networks; auto: bfloat16 on CUDA, float32 on the CPU"""
+    """autocast precision (on the CPU: of updates, not of the policy); auto: bfloat16 on CUDA, float32 on the CPU"""
     compile: bool = True
     """on CUDA: compile the recurrences with torch.compile"""
     cuda_graph: bool = True
