@@ -54,6 +54,16 @@ def test_a_few_images_are_encoded_as_many_are(script):
         torch.testing.assert_close(encoder(images[:few]), many[:few])
 
 
+def test_on_the_cpu_the_policy_acts_in_float32_whatever_the_precision(script):
+    image, states = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), np.uint8), []
+    for precision in ("float32", "bfloat16"):
+        agent = make_learner(script, precision=precision).agent
+        torch.manual_seed(0)
+        _, state = agent.policy(image, agent.initial_state(2), np.ones(2, bool), mode=True)
+        states.append(state)
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
 def test_what_is_compiled_has_no_graph_break_and_is_never_compiled_again(script):
     """With `aot_eager`, which traces forward and backward as the GPU's compiler does, without its compile time."""
     learner = make_learner(script)
