@@ -311,20 +311,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
 # ENVIRONMENTS
 
 
-def choose_gl() -> None:
-    """Sets MUJOCO_GL, before MuJoCo is imported, to a backend that renders without a display: EGL, else OSMesa."""
-    if "MUJOCO_GL" in os.environ or sys.platform != "linux":
-        return
-    for backend, libraries in (("egl", ("libEGL.so.1", "libGL.so.1")), ("osmesa", ("libOSMesa.so.8",))):
-        with contextlib.suppress(OSError):
-            for library in libraries:
-                ctypes.CDLL(library)
-            os.environ["MUJOCO_GL"] = backend
-            return
-    if "DISPLAY" not in os.environ:
-        raise UserError("no OpenGL for rendering: apt-get install --no-install-recommends libegl1 libgl1")
-
-
 def atari_game(env_id: str) -> str | None:
     """The game's name in ALE for `PongNoFrameskip-v4`, `ALE/Pong-v5`, `atari/pong` and the like; None for other ids."""
     suite, _, name = env_id.rpartition("/")
@@ -410,13 +396,10 @@ def make_env(args: Args) -> gym.Env:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    size, (module, _, name) = {}, args.env_id.rpartition(":")
+    module, _, name = args.env_id.rpartition(":")
     if module:
         importlib.import_module(module)
-    if "mujoco" in str(gym.spec(name).entry_point):
-        choose_gl()
-        size = {"width": 64, "height": 64}
-    env = gym.make(args.env_id, render_mode="rgb_array", **size)
+    env = gym.make(gym.spec(name), render_mode="rgb_array")
     if not isinstance(env.action_space, gym.spaces.Discrete):
         raise UserError(f"{args.env_id} has the actions {env.action_space}; this script needs discrete ones")
     first, size = int(env.action_space.start), int(env.action_space.n)

@@ -264,7 +264,7 @@ EGL, OSMESA = {"libEGL.so.1", "libGL.so.1"}, {"libOSMesa.so.8"}
         (set(), {"MUJOCO_GL": "glfw"}, "glfw"),
     ],
 )
-def test_the_gl_backend_is_what_the_user_set_else_egl_else_osmesa(script, libraries, environ, chosen, monkeypatch):
+def test_the_gl_backend_is_what_the_user_set_else_egl_else_osmesa(continuous, libraries, environ, chosen, monkeypatch):
     def open_library(name, *_):
         if name not in libraries:
             raise OSError(f"{name}: cannot open shared object file")
@@ -273,12 +273,12 @@ def test_the_gl_backend_is_what_the_user_set_else_egl_else_osmesa(script, librar
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(script, "ctypes", SimpleNamespace(CDLL=open_library))
+    monkeypatch.setattr(continuous, "ctypes", SimpleNamespace(CDLL=open_library))
     if chosen == "error":
-        with pytest.raises(script.UserError, match="apt-get install.* libegl1 libgl1"):
-            script.choose_gl()
+        with pytest.raises(continuous.UserError, match="apt-get install.* libegl1 libgl1"):
+            continuous.choose_gl()
     else:
-        script.choose_gl()
+        continuous.choose_gl()
     assert os.environ.get("MUJOCO_GL") == (None if chosen == "error" else chosen)
     monkeypatch.delenv("MUJOCO_GL", raising=False)
 
