@@ -2,10 +2,12 @@
 
     python benchmark/seen_objects.py                                                    # the default architecture
     python benchmark/seen_objects.py -- --layer-norm --act silu --obs-embed-size 128    # what comes after -- are flags
+    python benchmark/seen_objects.py --run runs/<run>                                   # what an agent for Pong sees
 
 Every 200 updates it prints the loss of the images in nats over its constant, the KL, the standard deviation of the
-posterior's logits, and the share of what varies in the images that the decoder shows. So that it takes minutes on one
-core and not hours, the sizes are small, the learning rate is 1e-3 and `--contrast` doubles what varies in the images.
+posterior's logits, and the share of what varies in the images that the decoder shows, in all and for each object. So
+that it takes minutes on one core and not hours, the sizes are small, the learning rate is 1e-3 and `--contrast` doubles
+what varies in the images. With `--run` it trains nothing and looks at the last frames of that run's replay.
 """
 
 import argparse
@@ -32,6 +34,13 @@ SIZES = {
     "model_learning_rate": 1e-3,
 }
 CPU = torch.device("cpu")
+FIELD = slice(11, 58)  # rows between the two walls
+OBJECTS = {  # rows and columns in which only this object moves
+    "score": (slice(0, 8), slice(None)),
+    "opponent": (FIELD, slice(5, 9)),
+    "ball": (FIELD, slice(10, 54)),
+    "own paddle": (FIELD, slice(55, 60)),
+}
 
 
 def play(args, folder, steps, rng):
@@ -54,17 +63,35 @@ def play(args, folder, steps, rng):
     return replay, shape, action_size
 
 
+def last_frames(run_dir, batch_size, length):
+    """Sequences from the last 5,000 rows of a run's replay."""
+    steps = np.load(run_dir / "replay" / "steps.npy", mmap_mode="r")
+    total, rng = dreamer.load_checkpoint(run_dir)["replay_rows"], np.random.default_rng(7)
+    start = rng.integers(max(0, total - 5000), total - length, size=batch_size)
+    env = rng.integers(steps.shape[1], size=batch_size)
+    rows = (start + np.arange(length)[:, None]) % len(steps)
+    return dreamer.Batch(*(torch.from_numpy(steps[name][rows, env]) for name in dreamer.Batch._fields))
+
+
+def shares(true, shown):
+    """The share of what varies in images (N, 1, 64, 64) that others show (0: the mean image), in all and by object."""
+    true, shown = true - true.mean(0), shown - shown.mean(0)
+    return {
+        name: ((true * shown)[..., rows, columns].sum() / true[..., rows, columns].square().sum()).item()
+        for name, (rows, columns) in ({"shown": (slice(None), slice(None))} | OBJECTS).items()
+    }
+
+
 @torch.no_grad()
 def measure(model, batch):
-    """Standard deviation of the logits, and the share of what varies in the images that is shown."""
+    """Standard deviation of the logits, and `shares` as text."""
     T, B = batch.reward.shape
     image = dreamer.pixels_to_float(batch.image.flatten(0, 1))
     embed = model.encoder(image).unflatten(0, (T, B))
     post, _ = dreamer.observe(model.rssm, embed, batch.action, batch.is_first)
     feat = torch.cat([post.logit.softmax(-1).flatten(-2), post.deter], -1)[4:]
-    true, shown = image.unflatten(0, (T, B))[4:].flatten(0, 1), model.decoder(feat.flatten(0, 1))
-    true, shown = true - true.mean(0), shown - shown.mean(0)
-    return post.logit[4:].std((0, 1)).mean().item(), ((true * shown).sum() / true.square().sum()).item()
+    found = shares(image.unflatten(0, (T, B))[4:].flatten(0, 1), model.decoder(feat.flatten(0, 1)))
+    return post.logit[4:].std((0, 1)).mean().item(), ", ".join(f"{name} {share:.1%}" for name, share in found.items())
 
 
 def main():
@@ -72,15 +99,21 @@ def main():
     parser.add_argument("--updates", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--contrast", type=float, default=2.0, help="factor on what varies in the images")
+    parser.add_argument("--run", type=Path, help="folder of a run on Pong, whose agent is looked at instead")
     parser.add_argument("flags", nargs="*", help="flags of the script, after --")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     try:
+        if options.run:
+            agent = dreamer.Dreamer.from_pretrained(options.run)
+            varies, found = measure(agent.world_model, last_frames(options.run, 64, 16))
+            print(f"logits vary by {varies:.4f}, {found}")
+            return
         given = dreamer.parse_args(options.flags)
         changed = {key: value for key, value in vars(given).items() if value != getattr(dreamer.Args(), key)}
         args = dreamer.check_args(dataclasses.replace(dreamer.Args(), **SIZES | changed | {"seed": options.seed}))
-    except dreamer.UserError as error:
+    except (dreamer.UserError, OSError) as error:
         parser.error(str(error))
-    torch.set_num_threads(1)
     dreamer.tune_cpu()
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
@@ -104,8 +137,8 @@ def main():
             losses.append((metrics["losses/image"].item() - constant, metrics["losses/kl"].item()))
             if update % 200 == 0:
                 image, kl = np.mean(losses[-100:], 0)
-                varies, share = measure(model, replay.sample(np.random.default_rng(7), 16, 16))
-                figures = f"images {image:.2f} nats, KL {kl:.3f} nats, logits vary by {varies:.4f}, shown {share:.1%}"
+                varies, found = measure(model, replay.sample(np.random.default_rng(7), 16, 16))
+                figures = f"images {image:.2f} nats, KL {kl:.3f} nats, logits vary by {varies:.4f}, {found}"
                 print(f"update {update}: {figures}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The promises of benchmark/run.py, plot.py and gate.py, kept with a fake training script (no torch)."""
+"""The promises of run.py, plot.py and gate.py, kept with a fake training script (no torch), and of seen_objects.py."""
 
 import csv
 import fcntl
@@ -713,3 +713,19 @@ def test_random_policy_is_measured_and_merged(tmp_path):
     assert call("plot.py", *words).returncode == 0 and path.read_text() == text
     one_line_error(call("plot.py", "random", "--env-ids", "No-v0", "--out", path), "No")
     assert plot.read_floors(path)["dmc_walker_walk"] == 44.0 and plot.read_floors(path)["atari_pong"] == -20.7
+
+
+def test_objects_of_pong_are_told_apart(tmp_path):
+    import seen_objects
+
+    args = seen_objects.dreamer.Args(num_envs=2)
+    replay, _, _ = seen_objects.play(args, tmp_path, 300, np.random.default_rng(1))
+    image = seen_objects.dreamer.pixels_to_float(replay.sample(np.random.default_rng(1), 16, 8).image.flatten(0, 1))
+    ones = dict.fromkeys(seen_objects.OBJECTS, pytest.approx(1, abs=1e-4))
+    assert seen_objects.shares(image, image) == {"shown": pytest.approx(1, abs=1e-4)} | ones
+    assert set(seen_objects.shares(image, image.mean(0, keepdim=True)).values()) == {0.0}
+    without = image.clone()
+    rows, columns = seen_objects.OBJECTS["own paddle"]
+    without[..., rows, columns] = 0
+    found = seen_objects.shares(image, without)
+    assert 0.5 < found.pop("shown") < 0.95 and found == ones | {"own paddle": 0.0}
