@@ -82,6 +82,12 @@ def shares(true, shown):
     }
 
 
+def principal(images):
+    """Variance of images (N, 1, 64, 64) along their first principal component, by object."""
+    pixels = {name: images[..., rows, columns].reshape(len(images), -1) for name, (rows, columns) in OBJECTS.items()}
+    return {name: np.linalg.norm(x - x.mean(0), 2) ** 2 / len(x) for name, x in pixels.items()}
+
+
 @torch.no_grad()
 def measure(model, batch):
     """Standard deviation of the logits, and `shares` as text."""
@@ -126,6 +132,10 @@ def main():
         dreamer.pixels_to_float = lambda image: mean + options.contrast * (to_float(image) - mean)
         nats = 0.5 * options.contrast**2 * np.square(images - images.mean(0)).sum((1, 2, 3)).mean()
         print(f"the mean image alone: {nats:.2f} nats", flush=True)
+        spread = {name: options.contrast**2 * variance for name, variance in principal(images).items()}
+        print("variance along the first principal component:", *(f"{name} {spread[name]:.4f}" for name in spread))
+        price = (1 - args.kl_alpha) * args.kl_loss_coeff
+        print(f"what varies by less than (1 - kl_alpha) * kl_loss_coeff = {price:.4f} is not worth its nats at first")
         losses = []
         for update in range(1, options.updates + 1):
             batch = replay.sample(rng, args.batch_size, args.train_seq_len)
