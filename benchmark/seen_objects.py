@@ -64,10 +64,12 @@ def play(args, folder, steps, rng):
 
 
 def last_frames(run_dir, batch_size, length):
-    """Sequences from the last 5,000 rows of a run's replay."""
+    """Sequences (T, B, ...) from the last 5,000 rows of a run's replay, which is only read: the run may be going on."""
     steps = np.load(run_dir / "replay" / "steps.npy", mmap_mode="r")
     total, rng = dreamer.load_checkpoint(run_dir)["replay_rows"], np.random.default_rng(7)
-    start = rng.integers(max(0, total - 5000), total - length, size=batch_size)
+    if total <= length:
+        raise dreamer.UserError(f"{run_dir} has stored {total} steps; this needs more than {length}")
+    start = rng.integers(max(0, total - min(5000, len(steps) // 2)), total - length, size=batch_size)
     env = rng.integers(steps.shape[1], size=batch_size)
     rows = (start + np.arange(length)[:, None]) % len(steps)
     return dreamer.Batch(*(torch.from_numpy(steps[name][rows, env]) for name in dreamer.Batch._fields))
@@ -111,7 +113,10 @@ def main():
     torch.set_num_threads(1)
     try:
         if options.run:
+            torch.manual_seed(options.seed)
             agent = dreamer.Dreamer.from_pretrained(options.run)
+            if dreamer.atari_game(agent.args.env_id) != "pong":
+                parser.error(f"{options.run} is a run on {agent.args.env_id}: the places of the objects are Pong's")
             varies, found = measure(agent.world_model, last_frames(options.run, 64, 16))
             print(f"logits vary by {varies:.4f}, {found}")
             return
