@@ -290,6 +290,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     except (argparse.ArgumentError, SystemExit) as error:
         raise UserError(str(error)) from None
     default = Args()
+    if sum(map(bool, (given.resume, given.evaluate, given.config))) > 1:
+        raise UserError("only one of --resume, --evaluate and --config: a run's own settings are in its folder")
     if run_dir := given.resume or given.evaluate:
         if not (Path(run_dir) / "config.yaml").is_file():
             raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
@@ -396,12 +398,17 @@ def make_env(args: Args) -> gym.Env:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    if args.env_id.startswith(("dmc/", "dm_control/")):
+        raise UserError(f"{args.env_id} has continuous actions, which dreamer_v2_continuous.py takes")
     module, _, name = args.env_id.rpartition(":")
     if module:
         importlib.import_module(module)
     env = gym.make(gym.spec(name), render_mode="rgb_array")
     if not isinstance(env.action_space, gym.spaces.Discrete):
-        raise UserError(f"{args.env_id} has the actions {env.action_space}; this script needs discrete ones")
+        raise UserError(
+            f"{args.env_id} has the actions {env.action_space}; this script needs discrete ones: "
+            "dreamer_v2_continuous.py takes a one-dimensional Box"
+        )
     first, size = int(env.action_space.start), int(env.action_space.n)
     env = gym.wrappers.TransformAction(env, lambda action: first + action.argmax(), gym.spaces.Box(0, 1, (size,)))
     return Pixels(env, args.action_repeat)
@@ -436,8 +443,8 @@ def probe_env(args: Args) -> tuple[tuple[int, ...], int]:
         raise
     except Exception as error:  # whatever a third party's environment raises
         no_gl = re.search("EGL|OpenGL|eglQuery|glGetError|OSMesa", str(error))
-        hint = "(apt-get install --no-install-recommends libegl1 libgl1)" if no_gl else ""
-        raise UserError(f"cannot use {args.env_id}: {type(error).__name__}: {str(error)[:300]} {hint}") from None
+        hint = "apt-get install --no-install-recommends libegl1 libgl1" if no_gl else "--help says what --env-id takes"
+        raise UserError(f"cannot use {args.env_id}: {type(error).__name__}: {str(error)[:300]} ({hint})") from None
     return envs.single_observation_space.shape, int(gym.spaces.flatdim(envs.single_action_space))
 
 
@@ -529,7 +536,7 @@ def symexp(x: Tensor) -> Tensor:
 
 def twohot(x: Tensor, bins: Tensor) -> Tensor:
     """Weights (..., bins) on the two bins beside each x (...), whose mean is x; beyond the range, on the last bin."""
-    x = x.clamp(bins[0], bins[-1])
+    x = x.to(bins.dtype).clamp(bins[0], bins[-1])
     above = torch.searchsorted(bins, x).clamp(1, len(bins) - 1)
     share = (x - bins[above - 1]) / (bins[above] - bins[above - 1])
     weights = torch.zeros(*x.shape, len(bins), device=x.device)
@@ -946,9 +953,11 @@ class Replay:
         """Ends the open episodes of the streams `envs` with a truncation: the rows to come belong to new ones."""
         if self.total:
             for env in np.flatnonzero(envs):
-                step = self.steps[(self.total - 1) % self.rows, env]
+                row = (self.total - 1) % self.rows
+                step = self.steps[row, env].copy()
                 step["is_last"] = True
                 step["checksum"] = self.checksum(step, self.total - 1)
+                self.steps[row, env] = step  # in one go: a kill must not leave one without the other
 
     def restore(self, total: int) -> None:
         """Goes back to the first `total` rows. Raises `UserError` if a row is not what was written."""
@@ -1006,9 +1015,10 @@ def world_model_loss(model: "WorldModel", batch: Batch, args: Args) -> tuple[Ten
     if model.discount is not None:
         target = args.discount * (1 - batch.is_terminal.float())  # a soft label: the head's mean already holds gamma
         logit = model.discount(feat).float().squeeze(-1)
-        losses["discount"] = args.discount_scale * F.binary_cross_entropy_with_logits(logit, target)
+        losses["discount"] = F.binary_cross_entropy_with_logits(logit, target)
     loss_kl, kl = kl_loss(post.logit, prior, args.kl_alpha, args.free_nats)
-    loss = sum(losses.values()) + args.kl_loss_coeff * loss_kl
+    loss = losses["image"] + losses["reward"] + args.discount_scale * losses.get("discount", 0)
+    loss = loss + args.kl_loss_coeff * loss_kl
     metrics = {f"losses/{name}": value for name, value in losses.items()} | {
         "losses/kl": kl,
         "losses/model": loss,
@@ -1488,10 +1498,11 @@ def diagnose(values: dict[str, float], image_errors: list[float], args: Args) ->
     found = {}
     before, lately = image_errors[-20:-10], image_errors[-10:]
     flat = len(before) == 10 and min(lately) > 0.98 * min(before)
-    if flat and values["losses/kl"] < max(args.free_nats, 0.1):
+    free = max(args.free_nats, 0.1)  # 0.1: as good as none
+    if flat and values["losses/kl"] < free:
         found["collapse"] = (
-            f"the KL ({values['losses/kl']:.2f} nats) is under its free nats, the image loss is flat: if the open-loop"
-            " video lacks an object, the posterior ignores it: lower --free-nats and --kl-loss-coeff"
+            f"the KL ({values['losses/kl']:.2f} nats) is under {free:g}, the image loss is flat: if the open-loop video"
+            " lacks an object, the posterior ignores it: lower --free-nats and --kl-loss-coeff"
         )
     if values.get("actor/most_common", 0) > 0.99:
         found["saturation"] = "the actor nearly always takes one action: raise --actor-entropy"
@@ -1768,10 +1779,15 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
 
         # LEARN: on CUDA an update is only started here, and runs while the agent acts and the environments step
         if counters.frames >= counters.next_train and len(replay) >= args.train_seq_len:
-            counters.updates_due += args.update_steps if learner.updates else args.pretrain
-            counters.next_train = max(counters.next_train, counters.frames - args.collect_steps) + args.collect_steps
+            # A step of many environments may pass several phases; before the first update none are made up for.
+            phases = 1 + (counters.frames - counters.next_train) // args.collect_steps
+            due = phases * args.update_steps if learner.updates else args.pretrain or args.update_steps
+            counters.updates_due += due
+            counters.next_train += phases * args.collect_steps
         for batch in prefetch(pool, replay, rng, args, counters.updates_due):
             metrics = learner(batch)
+            if device.type == "cpu":  # on CUDA before each log line, which waits for the device anyway
+                learner.check_finite(metrics)
             counters.updates_due -= 1
             bar.update(0)
             if stop_signals:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import itertools
+import math
 import os
 import random
 import resource
@@ -114,6 +115,24 @@ def test_metrics_jsonl_is_json_with_steps_and_the_documented_names(script, finis
     assert len(updates) == 7, "one each 40 frames, from the seed frames on"
     assert all(("losses/discount" in line) == script.Args().pred_discount for line in updates)
     assert [line["step"] for line in metrics if "charts/eval_return" in line] == [150, 300]
+
+
+@pytest.mark.parametrize(
+    ("changes", "updates"),
+    [
+        ({"pretrain": 3}, 3 + 16),  # phases at 60, 80, ... 380 frames
+        ({"pretrain": 0}, 1 + 16),
+        ({"pretrain": 0, "update_steps": 2}, 2 + 16 * 2),
+        ({"pretrain": 3, "train_seq_len": 40}, 3 + 16),  # the first phase waits for a whole sequence, to frame 78
+        ({"pretrain": 3, "train_seq_len": 80}, 3 + 12),  # to frame 158: what was missed is not made up for
+        ({"action_repeat": 8, "collect_steps": 2}, 1 + (392 - 64) // 2),  # four phases pass in each step
+        ({"action_repeat": 8, "collect_steps": 12}, 1 + (392 - 60) // 12),
+    ],
+)
+def test_there_are_as_many_updates_as_frames_passed_since_the_pretraining(script, changes, updates, tmp_path):
+    sizes = {"total_steps": 400, "seed_steps": 60, "collect_steps": 20, "batch_size": 2, "checkpoint_interval": 400}
+    run_dir = train(script, tmp_path, small(script, cuda=False, **sizes | changes))
+    assert script.load_checkpoint(run_dir)["learner"]["updates"] == updates
 
 
 def test_metrics_jsonl_stays_json_when_a_value_is_not_finite(script, tmp_path):
@@ -557,6 +576,18 @@ def failing_once(function, error):
         return function(*args, **kwargs)
 
     return wrapped
+
+
+def test_ten_updates_in_a_row_that_are_not_finite_end_the_run_at_once(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "image_nll", lambda mean, image: mean.sum() * math.nan)
+    updates, learn = [], script.Learner.learn
+    monkeypatch.setattr(script.Learner, "learn", lambda self, batch: updates.append(0) or learn(self, batch))
+    with pytest.raises(script.UserError, match="10 updates in a row were not finite.*losses/image"):
+        train(script, tmp_path, small(script, cuda=False, total_steps=10_000, scalar_freq=10_000))
+    assert len(updates) == 10
+    (path,) = tmp_path.glob("runs/*/checkpoint.pt")  # from before: it is whole and finite
+    agent = script.Dreamer.from_pretrained(path.parent)
+    assert all(parameter.isfinite().all() for parameter in agent.parameters())
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])
