@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from run import InputError, Parser, machine
+from run import InputError, Parser, machine, write
 from throughput import ACTIONS, CASES, ROOT, summary, times
 
 OURS = ("float32", "bfloat16")
@@ -300,9 +300,7 @@ def main(argv):
         with tempfile.TemporaryDirectory() as folder:
             report["rows"].append(race(case, options, python, folder))
         if options.out:
-            temporary = options.out.with_suffix(".tmp")
-            temporary.write_text(json.dumps(report, indent=1))
-            os.replace(temporary, options.out)
+            write(options.out, json.dumps(report, indent=1))
     return 0
 
 

@@ -20,10 +20,9 @@ def main(argv):
     parser.add_argument("inputs", nargs="*", help="CSV files and run folders (default: benchmark/results/*.csv)")
     parser.add_argument("--kind", choices=("auto", "eval", "train"), default="auto", help="which returns count")
     parser.add_argument("--unfinished", action="store_true", help="judge runs that have not reached their total_steps")
-    parser.add_argument("--official", help="CSV of the published scores (default: benchmark/reference/)")
     args = parser.parse_args(argv)
     rows = load(args.inputs or result_files(HERE / "results"), unfinished=args.unfinished)
-    scores = all_scores(rows, read_official(args.official), args.kind)
+    scores = all_scores(rows, read_official(), args.kind)
     if all(entry.official is None for entry in scores):
         raise InputError("nothing to judge: no finished run of a task and frame count with published scores")
     lines = [("task", "script", "kind", "seeds", "frames", "ours", "low", "mean", "high", "verdict")]

@@ -11,24 +11,26 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from run import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("dreamer_v1_continuous.py", "dreamer_v2_atari.py", "dreamer_v2_continuous.py")
 sys.path.insert(0, str(ROOT))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", type=Path)
+    parser = Parser("gifs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", choices=SCRIPTS)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmark" / "figures")
     parser.add_argument("--frames", type=int, default=200, help="frames of the playing GIF")
     options = parser.parse_args()
-    script = importlib.import_module(options.script.stem)
+    script = importlib.import_module(options.script.removesuffix(".py"))
     try:
         args = script.load_config(options.run_dir / "config.yaml")
         agent = script.Dreamer.from_pretrained(options.run_dir)
     except script.UserError as error:
-        sys.exit(f"error: {error}")
+        parser.error(str(error))
 
     steps = np.load(options.run_dir / "replay" / "steps.npy", mmap_mode="r")
     rows = script.load_checkpoint(options.run_dir)["replay_rows"]
@@ -42,12 +44,12 @@ def main():
     print(f"mean squared error of imagined frames {imagined:.5f}, of observed ones {observed:.5f}")
 
     options.out.mkdir(parents=True, exist_ok=True)
-    name = f"{args.env_id.replace('/', '-')}_{options.script.stem}"
+    name = f"{args.env_id.replace('/', '-')}_{script.__name__}"
     script.write_file(options.out / f"imagination_{name}.gif", script.gif(video, fps=10))
     # The strip shows one sequence: a column each for some steps, rows truth, model and error.
     shown = np.unique(np.linspace(0, length - 1, 12).astype(int))
     strip = np.concatenate([video[t, :, :64] for t in shown], 1)
-    Image.fromarray(strip).resize((strip.shape[1], strip.shape[0])).save(options.out / f"imagination_{name}.png")
+    Image.fromarray(strip).save(options.out / f"imagination_{name}.png")
     returns, frames = script.evaluate(agent, dataclasses.replace(args, capture_video=True), 1, args.seed, stop=[])
     frames = frames[: options.frames : 2].repeat(2, 1).repeat(2, 2)
     script.write_file(options.out / f"playing_{name}.gif", script.gif(frames, fps=20))

@@ -7,11 +7,13 @@ After every kill it is checked that
   - every transition that a checkpoint counts is in the replay, bit for bit as at the first checkpoint that counted it;
   - metrics.jsonl up to the checkpoint has no torn, repeated or backward line;
   - `--resume` starts again from that checkpoint.
-At the end the run has reached `total_steps` and its last evaluation return beats the given floor.
+At the end the run has reached `total_steps` and its last evaluation return beats the given floor. The task is the dot
+of the tests, with their sizes; needs `tests/requirements.txt` too.
 """
 
 import argparse
-import importlib.util
+import dataclasses
+import importlib
 import json
 import os
 import random
@@ -24,58 +26,14 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from run import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = {  # as in tests/test_learning.py, but for `pretrain`: no work between two checkpoints may outlast a round
-    "action_repeat": 1,
-    "seed_steps": 500,
-    "collect_steps": 10,
-    "update_steps": 5,
-    "pretrain": 5,
-    "scalar_freq": 100,
-    "checkpoint_interval": 10,
-    "replay_capacity": 10_000,
-    "batch_size": 16,
-    "train_seq_len": 12,
-    "deter_size": 64,
-    "obs_embed_size": 64,
-    "cnn_depth": 4,
-    "units": 64,
-    "reward_layers": 2,
-    "value_layers": 2,
-    "actor_layers": 2,
-    "imagine_horizon": 6,
-    "discount": 0.9,
-    "actor_entropy": 3e-3,
-}
-SMALL_V1 = {
-    "stoch_size": 16,
-    "free_nats": 1.0,
-    "action_noise": 0.2,
-    "model_learning_rate": 1.5e-3,
-    "actor_learning_rate": 5e-4,
-    "value_learning_rate": 1e-3,
-}
-SMALL_V2 = {
-    "stoch_size": 8,
-    "num_classes": 8,
-    "discount_layers": 2,
-    "slow_target_update": 50,
-    "discount_scale": 1.0,
-    "kl_loss_coeff": 0.3,
-    "free_nats": 0.0,
-    "model_learning_rate": 1e-3,
-    "actor_learning_rate": 1e-3,
-    "value_learning_rate": 2e-3,
-}
+sys.path.insert(0, str(ROOT))
+from tests.running import as_flags  # noqa: E402
+from tests.test_learning import SMALL, SMALL_V1  # noqa: E402
 
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+NAMES = ("dreamer_v1_continuous", "dreamer_v2_atari", "dreamer_v2_continuous")
 
 
 def check_run(script, run_dir, seen):
@@ -101,23 +59,31 @@ def check_run(script, run_dir, seen):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--script", type=Path, default=ROOT / "dreamer_v1_continuous.py")
-    parser.add_argument("--env-id")
+    parser = Parser("kill_storm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--script", default="dreamer_v1_continuous.py", choices=[f"{name}.py" for name in NAMES])
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--total-steps", type=int, default=5000)
     parser.add_argument("--floor", type=float, default=None, help="the last evaluation's mean return must exceed this")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    path = options.script.resolve()
-    script, rng = load(path), random.Random(options.seed)
-    discrete = "Discrete" if "atari" in path.stem else ""
-    env_id = options.env_id or f"pixel_envs:DotSteer{discrete}-v0"
-    flags = SMALL | (SMALL_V2 if "v2" in path.stem else SMALL_V1)
-    flags |= {"env_id": env_id, "total_steps": options.total_steps, "eval_every": options.total_steps}
+    path = ROOT / options.script
+    script, rng = importlib.import_module(path.stem), random.Random(options.seed)
+    flags = SMALL | (SMALL_V1 if "v1" in path.stem else {"action_noise": 0.0})
+    flags |= {
+        "env_id": f"tests.pixel_envs:DotSteer{'Discrete' if 'atari' in path.stem else ''}-v0",
+        "total_steps": options.total_steps,
+        "eval_every": options.total_steps,
+        "actor_entropy": 3e-3,
+        "collect_steps": 10,
+        "update_steps": 5,
+        "pretrain": 5,  # no work between two checkpoints may outlast a round
+        "scalar_freq": 100,
+        "checkpoint_interval": 10,
+    }
+    known = {field.name for field in dataclasses.fields(script.Args)}
     command = [sys.executable, str(path)]
-    first = [part for key, value in flags.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    first = as_flags({key: value for key, value in flags.items() if key in known})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     with tempfile.TemporaryDirectory() as folder:
         run_dir, seen, early, start = None, {"capacity": flags["replay_capacity"]}, 0, time.time()

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from run import Parser
 
 COLUMNS = ("hours", "frame", "rss_mib", "open_files", "cpu_seconds")
 
@@ -37,7 +38,7 @@ def slope(hours, values):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("long_run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pid", type=int, required=True)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--hours", type=float, default=2.0)
@@ -45,9 +46,9 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     if not Path(f"/proc/{options.pid}").exists():
-        parser.exit(2, f"error: --pid {options.pid}: there is no such process\n")
+        parser.error(f"--pid {options.pid}: there is no such process")
     if not options.run_dir.is_dir():
-        parser.exit(2, f"error: --run-dir {options.run_dir}: there is no such folder\n")
+        parser.error(f"--run-dir {options.run_dir}: there is no such folder")
     start, rows = time.time(), []
     while time.time() - start < options.hours * 3600 and Path(f"/proc/{options.pid}").exists():
         with contextlib.suppress(OSError, ValueError, IndexError):  # it ended meanwhile, or writes its first line

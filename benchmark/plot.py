@@ -20,13 +20,12 @@ import math
 import os
 import re
 import sys
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from run import InputError, Parser, frame_count, machine, read_yaml
+from run import InputError, Parser, frame_count, machine, read_yaml, replacing, write
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ["version", "task", "script", "seed", "step", "return", "kind"]
@@ -66,30 +65,6 @@ class Score(NamedTuple):
 # FILES
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """A temporary name that becomes `path` when the block ends well, so nobody ever reads half a file."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=path.suffix)
-        os.close(handle)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
-    try:
-        yield name
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-
-
-def write(path, text):
-    with replacing(path) as name:
-        Path(name).write_text(text)
-
-
 def read_csv(path, columns):
     try:
         lines = Path(path).read_text().splitlines()
@@ -115,9 +90,9 @@ def number(text, path):
     return value
 
 
-def read_official(path=None):
+def read_official():
     """{(version, task): array of frames, mean, min, max}"""
-    path, curves = path or HERE / "reference" / "official_scores.csv", defaultdict(list)
+    path, curves = HERE / "reference" / "official_scores.csv", defaultdict(list)
     for row in read_csv(path, ["version", "task", "env_steps", "mean", "min", "max"]):
         point = [number(row[key], path) for key in ("env_steps", "mean", "min", "max")]
         curves[row["version"], row["task"]].append(point)
@@ -125,10 +100,10 @@ def read_official(path=None):
 
 
 def read_normalizers():
-    """{Atari task: (random, human gamer, human record)}, nan where nothing was published"""
+    """{Atari task: (random, human gamer)}, nan where nothing was published"""
     path = HERE / "reference" / "atari_normalizers.csv"
-    rows = read_csv(path, ["task", "random", "human_gamer", "human_record"])
-    return {r["task"]: [float(r[key] or "nan") for key in ("random", "human_gamer", "human_record")] for r in rows}
+    rows = read_csv(path, ["task", "random", "human_gamer"])
+    return {row["task"]: [float(row[key] or "nan") for key in ("random", "human_gamer")] for row in rows}
 
 
 def read_floors(path=None):
@@ -147,7 +122,7 @@ def task_name(env_id):
     suite, _, name = bare.partition("/")
     if suite in ("dmc", "dm_control"):
         return "dmc_" + re.sub(r"-v\d+$", "", name).replace("-", "_").replace("ball_in_cup", "cup")
-    game = re.sub(r"(NoFrameskip|Deterministic|-ramDeterministic|-ram)?-v\d+$", "", name if suite == "ALE" else bare)
+    game = re.sub(r"(NoFrameskip|Deterministic)?-v\d+$", "", name if suite == "ALE" else bare)
     squashed = game.removeprefix("atari/").replace("_", "").lower()
     known = {task.removeprefix("atari_").replace("_", ""): task for task in read_normalizers()}
     return known.get(squashed, bare)
@@ -395,7 +370,6 @@ def pyplot():
     plt.rcParams.update({
         "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
         "axes.grid": True, "grid.color": "#ececec", "axes.axisbelow": True, "legend.frameon": False,
-        "svg.hashsalt": "0",
     })  # fmt: skip
     return plt
 
@@ -487,7 +461,7 @@ def human_normalised(scores):
     """[(score, ours per seed, official mean or None)], 0 a random policy and 1 a human player, for the Atari games."""
     known, out = read_normalizers(), []
     for entry in scores:
-        floor, human, _ = known.get(entry.group.task, (math.nan,) * 3)
+        floor, human = known.get(entry.group.task, (math.nan,) * 2)
         if not math.isnan(human):
             ours = [(value - floor) / (human - floor) for value in entry.seeds.values()]
             out.append((entry, ours, entry.official and (entry.official[0] - floor) / (human - floor)))

@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,30 @@ def read_yaml(path):
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a mapping of settings")
     return data
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary name that becomes `path` when the block ends well, so nobody ever reads half a file."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=path.suffix)
+        os.close(handle)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        yield name
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def write(path, text):
+    with replacing(path) as name:
+        Path(name).write_text(text)
 
 
 def frame_count(value, where):

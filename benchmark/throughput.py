@@ -14,10 +14,8 @@ import importlib
 import io
 import json
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from run import Parser, machine, write
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -41,7 +40,9 @@ CASES = {
     "V2-Atari": ("dreamer_v2_atari", "PongNoFrameskip-v4", PAPER_V2),
 }
 ACTIONS = 6
+PARTS = ["update", "policy", "env", "loop"]
 PRECISIONS = ["float32", "bfloat16"]
+MODES = ["eager", "compile", "graph", "graph+compile"]
 GFLOP = {"V1": 907, "V2-DMC": 663, "V2-Atari": 730}  # products and convolutions of one update at these sizes
 
 
@@ -112,7 +113,7 @@ def time_update(script, args, channels, device, repeats):
         batch = sample()
         result["kernels"], result["kernel_seconds"], result["profile"] = profile(lambda: learner(batch))
         result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    else:
+    else:  # of the process: a case after a larger one has that one's peak
         result["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return result
 
@@ -164,13 +165,11 @@ def time_loop(script, args, frames):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("throughput.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--parts", nargs="+", default=["update", "policy", "env", "loop"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS)
-    parser.add_argument(
-        "--modes", nargs="+", default=["graph+compile"], help="on CUDA: eager compile graph graph+compile"
-    )
+    parser.add_argument("--modes", nargs="+", default=["graph+compile"], choices=MODES, help="on CUDA")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--loop-frames", type=int, default=1000)
     parser.add_argument("--num-envs", type=int, default=1)
@@ -211,21 +210,9 @@ def main():
                 print(f"{case:<9} {precision:<9} {mode:<14}", ", ".join(figures), flush=True)
 
     if options.out:
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-        report = {
-            "command": " ".join(["python", *sys.argv]),
-            "hardware": hardware,
-            "machine": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "commit": commit,
-            "rows": rows,
-        }
-        temporary = options.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=1))
-        os.replace(temporary, options.out)
+        report = {"command": " ".join(["python", *sys.argv]), "threads": torch.get_num_threads()}
+        report |= {**machine(ROOT, os.environ), "rows": rows}
+        write(options.out, json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -729,3 +729,18 @@ def test_objects_of_pong_are_told_apart(tmp_path):
     without[..., rows, columns] = 0
     found = seen_objects.shares(image, without)
     assert 0.5 < found.pop("shown") < 0.95 and found == ones | {"own paddle": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["throughput.py", "--parts", "nonsense"], ["--parts", "nonsense"]),
+        (["throughput.py", "--modes", "fast"], ["--modes", "fast"]),
+        (["kill_storm.py", "--script", "nope.py"], ["--script", "nope.py"]),
+        (["gifs.py", "nope.py", "."], ["script", "nope.py"]),
+        (["gifs.py", "dreamer_v2_atari.py", "nope"], ["nope"]),
+        (["long_run.py", "--pid", "1", "--run-dir", "nope", "--out", "x.csv"], ["--run-dir nope"]),
+    ],
+)
+def test_bad_input_of_the_other_tools_is_one_line(words, told):
+    one_line_error(call(*words), *told)
