@@ -867,7 +867,8 @@ def draw_starts(replay: "Replay", rng: np.random.Generator, env: np.ndarray, len
     """First row of each sequence, for the streams `env` (B,).
 
     A row is drawn uniformly; if its episode ends, or the stream does, less than `length` rows later, the sequence is
-    the last one before that end. So an episode's end is as likely as any row to be seen (official `prioritize_ends`).
+    the last one before that end. So an episode's end is as likely as any row to be seen, as with the official
+    `prioritize_ends` (where the last sequence has `length` + 1 shares to the others' 1; here `length`).
     """
     oldest = replay.total - len(replay)
     start = oldest + rng.integers(len(replay), size=len(env))  # (B,)

@@ -1,10 +1,18 @@
-"""Reads the golden vectors: Keras' weight layouts to PyTorch's, recorded draws, comparisons with their tolerances."""
+"""What the tests of the algorithms share.
 
+Golden vectors: Keras' weight layouts to PyTorch's, recorded draws, comparisons with their tolerances. Any script: what
+its functions are called with, and which operations run.
+"""
+
+import inspect
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def load(name: str) -> dict:
@@ -56,7 +64,21 @@ def parameters(arrays: dict[str, Tensor], prefix: str, layers: dict[str, tuple])
     }
 
 
+def time_major(x: Tensor) -> Tensor:
+    """(B, T, ...) -> (T, B, ...)"""
+    return x.transpose(0, 1).contiguous()
+
+
 # DRAWS
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def mode(logit: Tensor) -> Tensor:
+    """In the place of `sample_onehot`: the most likely class, without gradient."""
+    return F.one_hot(logit.argmax(-1), logit.shape[-1]).float()
 
 
 class Draws:
@@ -102,3 +124,34 @@ def check_gradients(module: nn.Module, gradients, expected: dict[str, Tensor], t
     assert set(names) == set(expected)
     for name, gradient in zip(names, gradients, strict=True):
         check_gradient(gradient, expected[name], name, tolerance)
+
+
+# WATCHING A SCRIPT
+
+
+def watch(script, monkeypatch, name: str) -> list[tuple[dict, object]]:
+    """The arguments, by name, and the result of each call to the script's function `name` from now on."""
+    function, calls = getattr(script, name), []
+    signature = inspect.signature(function)
+
+    def watched(*args, **kwargs):
+        result = function(*args, **kwargs)
+        calls.append((signature.bind(*args, **kwargs).arguments, result))
+        return result
+
+    monkeypatch.setattr(script, name, watched)
+    return calls
+
+
+class Record(TorchDispatchMode):
+    """The operations that run, with the shapes of their tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        leaves = tree_leaves((args, kwargs))
+        shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor))
+        self.operations.append((str(function), shapes))
+        return function(*args, **kwargs or {})

@@ -1,18 +1,15 @@
 """What dreamer_v1_continuous.py promises about its algorithm, compared with brute force on small agents."""
 
 import importlib
-import inspect
 import math
 
 import numpy as np
 import pytest
 import torch
-from golden_tools import Draws, check, check_gradient
+from golden_tools import Draws, Record, check, check_gradient, noise, watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributions as dist
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 v1 = importlib.import_module("dreamer_v1_continuous")
 
@@ -40,24 +37,6 @@ def make_batch(seed: int = 0) -> "v1.Batch":
     is_first[0], is_first[3, 1], is_terminal[2, 1] = True, True, True
     action[is_first] = 0
     return v1.Batch(image, action, torch.randn(T, B, generator=draw), is_first, is_terminal)
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def watch(monkeypatch, name: str) -> list[tuple[dict, object]]:
-    """The arguments, by name, and the result of each call to the script's function `name` from now on."""
-    function, calls = getattr(v1, name), []
-    signature = inspect.signature(function)
-
-    def watched(*args, **kwargs):
-        result = function(*args, **kwargs)
-        calls.append((signature.bind(*args, **kwargs).arguments, result))
-        return result
-
-    monkeypatch.setattr(v1, name, watched)
-    return calls
 
 
 def make_learner(agent, **flags) -> "v1.Learner":
@@ -239,7 +218,7 @@ def test_imagined_action_t_is_drawn_at_state_t_minus_1_and_led_to_state_t(monkey
 @pytest.mark.parametrize("pred_discount", [False, True])
 def test_imagination_starts_at_every_posterior_but_with_a_discount_head_not_at_the_last(pred_discount, monkeypatch):
     agent = make_agent(pred_discount=pred_discount)
-    losses, imagined = watch(monkeypatch, "world_model_loss"), watch(monkeypatch, "imagine")
+    losses, imagined = watch(v1, monkeypatch, "world_model_loss"), watch(v1, monkeypatch, "imagine")
     make_learner(agent)(make_batch())
     post, start = losses[0][1][1], imagined[0][0]["start"]
     used = T - 1 if pred_discount else T
@@ -321,7 +300,7 @@ def test_all_three_losses_are_of_the_weights_before_the_update():
 def test_returns_and_weights_follow_from_imagined_rewards_values_and_discounts(pred_discount, monkeypatch):
     """Weights are cumprod([1, discount, discount, ...]), cut from the graph; the start state has no return."""
     agent = make_agent(pred_discount=pred_discount, **STILL)
-    imagined, actor_loss, critic_loss = (watch(monkeypatch, f) for f in ("imagine", "actor_loss", "critic_loss"))
+    imagined, actor_loss, critic_loss = (watch(v1, monkeypatch, f) for f in ("imagine", "actor_loss", "critic_loss"))
     make_learner(agent, td_lambda=0.7, discount=0.9)(make_batch())
     feat = imagined[0][1][0]
     model, rows = agent.world_model, feat.shape[1]
@@ -388,7 +367,7 @@ def test_the_actor_loss_is_the_returns_or_their_score_function_and_the_entropy_b
 
 
 def test_under_reinforce_the_imagined_returns_carry_no_graph(monkeypatch):
-    calls = watch(monkeypatch, "lambda_return")
+    calls = watch(v1, monkeypatch, "lambda_return")
     make_learner(make_agent(actor_grad="reinforce"))(make_batch())
     assert not calls[0][1].requires_grad
 
@@ -562,20 +541,6 @@ def test_each_part_takes_the_adam_step_of_its_own_learning_rate():
 
 
 # SHAPES AND PRECISION
-
-
-class Record(TorchDispatchMode):
-    """The operations that run, with the shapes of their tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        leaves = tree_leaves((args, kwargs))
-        shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
-        self.operations.append((str(function), shapes))
-        return function(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("actor_grad", ["dynamics", "reinforce", "both"])

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from golden_tools import Draws, check, check_gradient, check_gradients, conv, dense, gru, load, parameters
+from golden_tools import Draws, check, check_gradient, check_gradients, conv, dense, gru, load, parameters, time_major
 
 v1 = importlib.import_module("dreamer_v1_continuous")
 
@@ -27,10 +27,6 @@ DECODER = {"linear": (dense, "h1")} | {f"convs.{i}": (conv, f"h{i + 2}") for i i
 
 def mlp(layers: int) -> dict:
     return {str(2 * i): (dense, f"h{i}") for i in range(layers)} | {str(2 * layers): (dense, "hout")}
-
-
-def time_major(x: torch.Tensor) -> torch.Tensor:
-    return x.transpose(0, 1).contiguous()
 
 
 def recorded_state(arrays, name: str, swap: bool = False) -> "v1.State":

@@ -1,18 +1,16 @@
 """What the two DreamerV2 scripts promise about their algorithm, compared with brute force on small agents."""
 
 import importlib
-import inspect
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_tools import Draws, check, check_gradient
+from golden_tools import Draws, Record, check, check_gradient, mode, noise, watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributions as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 atari = importlib.import_module("dreamer_v2_atari")
 continuous = importlib.import_module("dreamer_v2_continuous")
@@ -80,28 +78,6 @@ def test_convolutions_let_through_what_differs_between_images_and_between_latent
 def make_learner(agent):
     """The learner of this agent, in the agent's script."""
     return importlib.import_module(type(agent).__module__).Learner(agent, agent.args, CPU)
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def watch(v2, monkeypatch, name: str) -> list[tuple[dict, object]]:
-    """The arguments, by name, and the result of each call to the script's function `name` from now on."""
-    function, calls = getattr(v2, name), []
-
-    def watched(*args, **kwargs):
-        result = function(*args, **kwargs)
-        calls.append((inspect.signature(function).bind(*args, **kwargs).arguments, result))
-        return result
-
-    monkeypatch.setattr(v2, name, watched)
-    return calls
-
-
-def mode(logits: torch.Tensor) -> torch.Tensor:
-    """In the place of `sample_onehot`: no randomness."""
-    return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
 
 
 def kolmogorov_smirnov(sample: torch.Tensor, ranks: torch.Tensor) -> None:
@@ -751,20 +727,6 @@ def test_a_resumed_learner_keeps_its_moments_and_takes_learning_rate_and_decay_f
             assert all(torch.equal(state[key], before[index][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
     (group,) = resumed.optimizers["actor"].param_groups
     assert (group["lr"], group["lr"] * group["weight_decay"], group["eps"]) == (0.5, 0.25, 0.125)
-
-
-class Record(TorchDispatchMode):
-    """The operations that run, with the shapes of their tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        shapes = tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
-        self.operations.append((str(function), shapes))
-        return function(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("actor_grad", ["dynamics", "reinforce", "both"])

@@ -6,12 +6,23 @@ golden vectors are batch-major, ours are time-major.
 """
 
 import importlib
-import inspect
 
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_tools import check, check_gradient, check_gradients, conv, dense, layer_norm, load, parameters
+from golden_tools import (
+    check,
+    check_gradient,
+    check_gradients,
+    conv,
+    dense,
+    layer_norm,
+    load,
+    mode,
+    parameters,
+    time_major,
+    watch,
+)
 
 atari = importlib.import_module("dreamer_v2_atari")
 continuous = importlib.import_module("dreamer_v2_continuous")
@@ -56,10 +67,6 @@ def paper_args(v2, **flags):
     return v2.Args(**sizes | paper | {"cuda": False, "precision": "float32"} | flags)
 
 
-def time_major(x: torch.Tensor) -> torch.Tensor:
-    return x.transpose(0, 1).contiguous()
-
-
 def recorded_state(v2, arrays, name: str, swap: bool = False):
     """The latent states recorded under `name`; `swap`: (B, T, ...) to (T, B, ...)."""
     fields = (arrays[f"{name}/{field}"] for field in v2.State._fields)
@@ -74,11 +81,6 @@ def check_state(actual, expected, name: str) -> None:
 def straight_through(logit: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     probs = logit.softmax(-1)
     return F.one_hot(index.long(), logit.shape[-1]).float() + (probs - probs.detach())
-
-
-def mode(logit: torch.Tensor) -> torch.Tensor:
-    """In the place of `sample_onehot`: the most likely class, without gradient."""
-    return F.one_hot(logit.argmax(-1), logit.shape[-1]).float()
 
 
 class Categories:
@@ -475,19 +477,6 @@ def test_slow_critic_is_copied_at_the_first_update_and_at_every_hundredth_after_
 # BEHAVIOUR: N = 6 start states, horizon H = 5
 
 
-def watch(monkeypatch, name: str) -> list:
-    """The arguments, by name, and the result of each call to the continuous script's function `name` from now on."""
-    function, calls = getattr(continuous, name), []
-
-    def watched(*args, **kwargs):
-        result = function(*args, **kwargs)
-        calls.append((inspect.signature(function).bind(*args, **kwargs).arguments, result))
-        return result
-
-    monkeypatch.setattr(continuous, name, watched)
-    return calls
-
-
 class RawActions:
     """In the place of `sample_trunc_normal`: recorded draws, with the gradient that the official code executes:
     1 to the mean, (x - mean) / std to the standard deviation."""
@@ -528,7 +517,7 @@ def test_an_update_has_the_official_imagination_targets_losses_and_gradients(mon
     monkeypatch.setattr(v2, "sample_onehot", latents)
     monkeypatch.setattr(v2, "sample_trunc_normal", actions)
     names = ("imagine", "lambda_return", "actor_loss", "critic_loss")
-    imagine, lambda_return, actor_loss, critic_loss = (watch(monkeypatch, name) for name in names)
+    imagine, lambda_return, actor_loss, critic_loss = (watch(continuous, monkeypatch, name) for name in names)
     metrics = v2.Learner(agent, args, torch.device("cpu"))(v2.Batch(None, None, None, None, is_terminal))
     assert not latents.indices and not actions.draws, "not all recorded draws were asked for"
 
