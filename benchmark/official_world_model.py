@@ -1,0 +1,211 @@
+"""Does our V2 world model learn as the official one does? Trains both on the same batches of random play in Pong.
+
+    python benchmark/official_world_model.py --updates 6000 --out benchmark/results/settings/official_world_model.csv
+
+The official code is dreamerv2 2.2.0 from PyPI, run by TensorFlow 2.15 on one thread in a virtual environment that is
+made on first use (`requirements-official.txt`; Python 3.9 to 3.11). Sizes and learning rate are those of
+seen_objects.py, the rest is the Atari defaults and the paper's reward regression, in float32. Initial weights and the
+draws of latents are each code's own; the data are the same, batch by batch. Every 200 updates it prints what
+seen_objects.py prints, for both. 6,000 updates take 25 minutes, with a core for each.
+"""
+
+import argparse
+import csv
+import importlib
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import numpy as np
+from run import InputError, Parser, replacing
+
+HERE = Path(__file__).resolve().parent
+EVERY = 200
+CONSTANT = 0.5 * math.log(2 * math.pi) * 64 * 64
+
+
+def draw(steps, rng, batch_size, length):
+    """Sequences of a replay's rows: {field: (T, B, ...)}; as in a run, the first step counts as an episode's first."""
+    start = rng.integers(len(steps) - length, size=batch_size)
+    env = rng.integers(steps.shape[1], size=batch_size)
+    rows = start + np.arange(length)[:, None]
+    batch = {key: steps[key][rows, env] for key in ("image", "action", "reward", "is_first", "is_terminal")}
+    batch["is_first"][0] = True
+    return batch
+
+
+def batches(steps, spec):
+    """The batches of a training run, and the one on which it is looked at."""
+    rng, size = np.random.default_rng(spec["seed"]), (spec["batch_size"], spec["train_seq_len"])
+    return (draw(steps, rng, *size) for _ in range(spec["updates"])), draw(steps, np.random.default_rng(7), 16, 24)
+
+
+def report(folder, name, update, recent, logits, decoded):
+    """Keeps a line of figures, and the images (N, 64, 64) to be judged."""
+    image, kl, entropy = np.mean(recent, 0)
+    np.save(folder / f"{name}_{update}.npy", decoded)
+    figures = [image - CONSTANT, kl, entropy, logits.std(0).mean()]
+    (folder / f"{name}_{update}.json").write_text(json.dumps([float(figure) for figure in figures]))
+
+
+def train_official(folder, spec):
+    """In the other environment, where there is no torch."""
+    import tensorflow as tf
+
+    for setting in (
+        tf.config.threading.set_intra_op_parallelism_threads,
+        tf.config.threading.set_inter_op_parallelism_threads,
+    ):
+        setting(1)
+    precision = importlib.import_module("tensorflow.keras.mixed_precision")
+    precision.experimental = sys.modules["tensorflow.keras.mixed_precision.experimental"] = precision  # its name then
+    (package,) = importlib.util.find_spec("dreamerv2").submodule_search_locations
+    sys.path.insert(0, package)
+    common = sys.modules["common"] = types.ModuleType("common")  # without the parts that need environments
+    common.__path__ = [str(Path(package, "common"))]
+    for part in ("config", "tfutils", "other", "dists", "nets"):
+        names = vars(importlib.import_module(f"common.{part}"))
+        vars(common).update({name: value for name, value in names.items() if not name.startswith("_")})
+    from agent import WorldModel
+    from ruamel.yaml import YAML
+
+    configs = YAML(typ="safe").load(Path(package, "configs.yaml").read_text())
+    config = common.Config(configs["defaults"]).update(configs["atari"]).update(spec["official"])
+    image = types.SimpleNamespace(shape=(64, 64, 1))
+    model = WorldModel(config, {"image": image}, tf.Variable(0, dtype=tf.int64))
+
+    def batch_major(batch):
+        batch = {key: np.ascontiguousarray(value.swapaxes(0, 1)) for key, value in batch.items()}
+        return batch | {"image": batch["image"].transpose(0, 1, 3, 4, 2)}
+
+    @tf.function
+    def update_model(batch):
+        metrics = model.train(batch)[2]
+        return metrics["image_loss"], metrics["model_kl"], metrics["post_ent"]
+
+    @tf.function
+    def look(batch):
+        batch = model.preprocess(batch)
+        post, _ = model.rssm.observe(model.encoder(batch), batch["action"], batch["is_first"])
+        probs = tf.nn.softmax(post["logit"])
+        feat = model.rssm.get_feat({"stoch": probs, "deter": post["deter"]})[:, 4:]
+        return post["logit"][:, 4:], model.heads["decoder"](feat)["image"].mode()
+
+    train_batches, shown = batches(np.load(folder / "steps.npy", mmap_mode="r"), spec)
+    recent = []
+    for update, batch in enumerate(train_batches, 1):
+        recent.append([float(value) for value in update_model(batch_major(batch))])
+        if update % EVERY == 0:
+            logits, decoded = (value.numpy().swapaxes(0, 1) for value in look(batch_major(shown)))
+            report(folder, "official", update, recent[-100:], logits.reshape(-1, 32, 32), decoded.reshape(-1, 64, 64))
+
+
+def train_ours(dreamer, learner, folder, spec):
+    model, args, torch, recent = learner.agent.world_model, learner.args, dreamer.torch, []
+    train_batches, shown = batches(np.load(folder / "steps.npy", mmap_mode="r"), spec)
+
+    def tensors(batch):
+        return dreamer.Batch(*(torch.from_numpy(np.ascontiguousarray(batch[key])) for key in dreamer.Batch._fields))
+
+    for update, batch in enumerate(train_batches, 1):
+        loss, _, metrics = dreamer.world_model_loss(model, tensors(batch), args)
+        learner.optimizers["model"].zero_grad()
+        loss.backward()
+        learner.step("model", loss)
+        names = ("losses/image", "losses/kl", "latents/post_entropy")
+        recent.append([metrics[name].item() for name in names])
+        if update % EVERY == 0:
+            with torch.no_grad():
+                batch = tensors(shown)
+                T, B = batch.reward.shape
+                embed = model.encoder(dreamer.pixels_to_float(batch.image.flatten(0, 1))).unflatten(0, (T, B))
+                post, _ = dreamer.observe(model.rssm, embed, batch.action, batch.is_first)
+                feat = torch.cat([post.logit.softmax(-1).flatten(-2), post.deter], -1)[4:]
+                decoded = model.decoder(feat.flatten(0, 1))[:, 0]
+            report(folder, "ours", update, recent[-100:], post.logit[4:].flatten(0, 1).numpy(), decoded.numpy())
+
+
+def official_python(folder):
+    """The python of the virtual environment of the official code, which is made unless it is there."""
+    python, pip = folder / "bin" / "python", [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
+    if not python.exists():
+        if not (3, 9) <= sys.version_info < (3, 12):
+            raise InputError("TensorFlow 2.15 needs Python 3.9 to 3.11")
+        print(f"installing the official code into {folder}", file=sys.stderr)
+        for command in (
+            [sys.executable, "-m", "venv", folder],
+            [*pip, "-r", HERE / "requirements-official.txt"],
+            [*pip, "--no-deps", "dreamerv2==2.2.0"],
+        ):
+            if subprocess.run(command, stdout=sys.stderr).returncode:
+                raise InputError(f"this command failed: {' '.join(map(str, command))}; remove {folder} and try again")
+    return python
+
+
+def main(argv):
+    if argv[:1] == ["--worker"]:
+        return train_official(Path(argv[1]), json.loads(argv[2]))
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--updates", type=int, default=6000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--venv", type=Path, default=HERE.parent / ".venv-official")
+    parser.add_argument("--out", type=Path, help="CSV file")
+    options = parser.parse_args(argv)
+    if options.updates < EVERY:
+        parser.error(f"--updates {options.updates}: at least {EVERY}, at which the first figures are taken")
+    python = official_python(options.venv)
+
+    import torch
+    from seen_objects import CPU, SIZES, dreamer, play, shares
+
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    args = dreamer.Args(**SIZES, reward_head="mse", seed=options.seed)
+    official = {"rssm.hidden": args.deter_size, "rssm.deter": args.deter_size, "discount": args.discount}
+    official |= {f"{part}.cnn_depth": args.cnn_depth for part in ("encoder", "decoder")}
+    official |= {f"{part}_head.units": args.units for part in ("reward", "discount")}
+    official |= {"model_opt.lr": args.model_learning_rate}
+    spec = {"seed": options.seed, "updates": options.updates, "official": official}
+    spec |= {"batch_size": args.batch_size, "train_seq_len": args.train_seq_len}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        replay, shape, action_size = play(args, folder / "play", 2500, np.random.default_rng(options.seed))
+        np.save(folder / "steps.npy", replay.steps[: replay.total])
+        quiet = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+        command = [python, __file__, "--worker", folder, json.dumps(spec)]
+        worker = subprocess.Popen(command, env=quiet, stdout=subprocess.DEVNULL)
+        try:
+            train_ours(dreamer, dreamer.Learner(dreamer.Dreamer(args, shape[0], action_size), args, CPU), folder, spec)
+            if worker.wait():
+                raise InputError("the official code failed, see above")
+        finally:
+            worker.kill()
+        true = batches(np.load(folder / "steps.npy"), spec)[1]["image"][4:].reshape(-1, 64, 64) / 255 - 0.5
+        rows = []
+        for update in range(EVERY, options.updates + 1, EVERY):
+            for code in ("official", "ours"):
+                figures = json.loads((folder / f"{code}_{update}.json").read_text())
+                decoded = torch.from_numpy(np.load(folder / f"{code}_{update}.npy"))[:, None]
+                found = shares(torch.from_numpy(true)[:, None], decoded)
+                rows.append([code, update, *(f"{figure:.4f}" for figure in [*figures, *found.values()])])
+    header = ["code", "update", "image_nats_over_constant", "kl_nats", "post_entropy_nats", "logits_std"]
+    header += [key.replace(" ", "_") for key in found]
+    for row in [header, *rows]:
+        print(*row, sep="\t")
+    if options.out:
+        with replacing(options.out) as name, open(name, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except InputError as error:
+        print(f"official_world_model.py: {error}", file=sys.stderr)
+        sys.exit(2)
