@@ -37,6 +37,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import fcntl
 import importlib
 import importlib.metadata
 import io
@@ -261,8 +262,12 @@ def check_args(args: Args) -> Args:
     for name in ("discount", "td_lambda", "actor_grad_mix", "kl_alpha"):
         if getattr(args, name) > 1:
             raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1")
-    if args.seed >= 2**31:
-        raise UserError("--seed must be less than 2**31")
+    if args.seed >= 2**30:  # ALE takes seeds to 2**31, and later episodes have higher ones
+        raise UserError("--seed must be less than 2**30")
+    try:
+        "".join(str(value) for value in vars(args).values()).encode()
+    except UnicodeEncodeError:
+        raise UserError("a flag is not valid UTF-8") from None
     if args.train_seq_len > args.replay_capacity // args.num_envs:
         raise UserError(
             f"--train-seq-len {args.train_seq_len} is longer than an environment's share of the replay "
@@ -287,7 +292,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if sum(map(bool, (given.resume, given.evaluate, given.config))) > 1:
         raise UserError("only one of --resume, --evaluate and --config: a run's own settings are in its folder")
     if run_dir := given.resume or given.evaluate:
-        if not (Path(run_dir) / "config.yaml").is_file():
+        if not os.path.isfile(os.path.join(run_dir, "config.yaml")):
             raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
         default = load_config(Path(run_dir) / "config.yaml")
     elif given.config:
@@ -362,6 +367,21 @@ class DeepMindControl(gym.Env):
         return self.camera.render().copy()  # it writes every image to the same place
 
 
+def plain_errors(method: Callable) -> Callable:
+    """In a worker any error becomes a RuntimeError: one that cannot be pickled would never reach the script."""
+
+    def wrapped(*args, **kwargs):
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:  # whatever an environment raises
+            if multiprocessing.parent_process() is None:
+                raise
+            kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
+            raise RuntimeError(f"{kind}{error}") from None
+
+    return wrapped
+
+
 class Pixels(gym.Wrapper):
     """Observations are what the environment renders, (3, 64, 64) uint8; each action is repeated, rewards are summed."""
 
@@ -378,10 +398,12 @@ class Pixels(gym.Wrapper):
             frame = cv2.resize(frame, (64, 64), interpolation=cv2.INTER_AREA)
         return frame.transpose(2, 0, 1)
 
+    @plain_errors
     def reset(self, **kwargs):
         _, info = self.env.reset(**kwargs)
         return self.pixels(), {}
 
+    @plain_errors
     def step(self, action):
         total, terminated, truncated = 0.0, False, False
         for _ in range(self.action_repeat):
@@ -399,7 +421,7 @@ def make_env(args: Args) -> gym.Env:
             signal.signal(number, signal.SIG_IGN)
     suite, _, name = args.env_id.partition("/")
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    if suite in ("ALE", "atari"):
+    if suite in ("ALE", "atari") or re.search(r"(NoFrameskip|Deterministic)-v\d+$", args.env_id):
         raise UserError(f"{args.env_id} has discrete actions, which dreamer_v2_atari.py takes")
     if suite in ("dmc", "dm_control"):
         choose_gl()
@@ -964,7 +986,8 @@ class Replay:
             raise UserError(f"cannot open the replay {self.path}: {error}") from None
         if self.steps.dtype != self.fields or self.steps.shape != (self.rows, num_envs):
             raise UserError(
-                f"{self.path} was written with another environment, replay_capacity, num_envs or checkpoint_interval"
+                f"{self.path} was written with another environment, replay_capacity, num_envs, action_repeat or "
+                "checkpoint_interval"
             )
         self.reserved = 0
         self.mirror = None
@@ -1488,16 +1511,19 @@ class Logger:
         if args.track:
             import wandb
 
-            wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                name=run_dir.name,
-                id=run_dir.name[-120:],
-                resume="allow",
-                sync_tensorboard=True,
-                config=vars(args),
-                dir=run_dir,
-            )
+            try:
+                wandb.init(
+                    project=args.wandb_project_name,
+                    entity=args.wandb_entity,
+                    name=run_dir.name,
+                    id=run_dir.name[-120:],
+                    resume="allow",
+                    sync_tensorboard=True,
+                    config=vars(args),
+                    dir=run_dir,
+                )
+            except Exception as error:  # no login, no network
+                raise UserError(f"cannot --track: {error} (wandb login, or WANDB_MODE=offline)") from None
         self.writer = SummaryWriter(run_dir, purge_step=step + 1 if step else None)
         if step == 0:
             table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
@@ -1633,10 +1659,12 @@ class Counters:
 class SturdyEnvs:
     """A run's environments. What raises, dies or hangs is started again; five times in a row end the run."""
 
+    START_TIMEOUT = 60  # seconds that a worker gets at least for its imports and first reset
+
     def __init__(self, args: Args, counters: Counters, logger: Logger):
         self.args, self.counters, self.logger = args, counters, logger
         self.sizes = group_sizes(args)  # a group breaks alone
-        self.groups, self.faults = [None] * len(self.sizes), [0] * len(self.sizes)
+        self.groups, self.faults, self.fault_frames = ([x] * len(self.sizes) for x in (None, 0, 0))
 
     def reset(self, seed: int) -> np.ndarray:
         """Starts everything; returns images (N, C, 64, 64)."""
@@ -1650,8 +1678,12 @@ class SturdyEnvs:
         workers = self.args.num_envs > 1 or self.args.env_timeout > 0
         while True:
             try:
-                self.groups[group] = make_envs(self.args, self.sizes[group], workers)
-                return self.groups[group].reset(seed=seed + group + self.faults[group])[0]
+                envs = self.groups[group] = make_envs(self.args, self.sizes[group], workers)
+                fresh_seed = seed + group + self.faults[group]
+                if not (self.args.env_timeout and isinstance(envs, gym.vector.AsyncVectorEnv)):
+                    return envs.reset(seed=fresh_seed)[0]
+                envs.reset_async(seed=fresh_seed)
+                return envs.reset_wait(timeout=max(self.args.env_timeout, self.START_TIMEOUT))[0]
             except Exception as error:  # whatever an environment raises
                 self.broke(group, error)
 
@@ -1681,7 +1713,9 @@ class SturdyEnvs:
         self.groups[group] = None
         if isinstance(error, UserError):
             raise error
-        self.faults[group] += 1
+        in_a_row = self.counters.frames - self.fault_frames[group] < 10_000  # episodes may have no end
+        self.faults[group] = self.faults[group] + 1 if in_a_row else 1
+        self.fault_frames[group] = self.counters.frames
         self.counters.env_restarts += 1
         died = isinstance(error, (EOFError, gym.error.NoAsyncCallError))
         cause = "its process died" if died else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -1705,10 +1739,22 @@ def prefetch(pool: ThreadPoolExecutor, replay: Replay, rng: np.random.Generator,
         yield batch
 
 
-def open_run(args: Args) -> tuple[Path, dict | None]:
-    """The run folder: a new one, or the one to resume with its checkpoint."""
+def lock(run_dir: Path, stack: contextlib.ExitStack) -> None:
+    """Raises `UserError` if another process is in this run: two would write one replay. A kill releases the lock."""
+    with contextlib.suppress(OSError):  # no such folder, which is told by what reads it next, or no locks on that disk
+        folder = os.open(run_dir, os.O_RDONLY)
+        stack.callback(os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {run_dir}: wait for it, or stop it") from None
+
+
+def open_run(args: Args, stack: contextlib.ExitStack) -> tuple[Path, dict | None]:
+    """The run folder, locked until `stack` closes: a new one, or the one to resume with its checkpoint."""
     if args.resume:
         run_dir = Path(args.resume)
+        lock(run_dir, stack)
         checkpoint = load_checkpoint(run_dir)
         if not (run_dir / "replay" / "steps.npy").is_file():
             raise UserError(f"{run_dir} has lost its replay/steps.npy: nothing to resume from")
@@ -1719,6 +1765,7 @@ def open_run(args: Args) -> tuple[Path, dict | None]:
         run_dir.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"cannot make the run folder {run_dir}: {error.strerror}") from None
+    lock(run_dir, stack)
     return run_dir, None
 
 
@@ -1750,7 +1797,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
     # SETUP
     rng = np.random.default_rng(args.seed)
     image_shape, action_size = probe_env(args)
-    run_dir, checkpoint = open_run(args)
+    run_dir, checkpoint = open_run(args, stack)
     agent = Dreamer(args, image_shape[0], action_size).to(device)
     if checkpoint:
         agent.load(checkpoint)
@@ -1762,6 +1809,14 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         learner.load_state_dict(checkpoint["learner"])
         replay.restore(checkpoint["replay_rows"])
         counters = Counters(**checkpoint["counters"])
+        # Flags given now may ask for something sooner than the old ones did.
+        soon = counters.frames + args.collect_steps
+        started = learner.updates or counters.updates_due
+        counters.next_train = min(counters.next_train, soon) if started else args.seed_steps
+        counters.next_log = min(counters.next_log, counters.frames + args.scalar_freq)
+        if args.eval_every:
+            due = counters.frames - counters.frames % args.eval_every + args.eval_every
+            counters.next_eval = min(counters.next_eval, due)
         rng.bit_generator.state = checkpoint["numpy_rng"]
         torch.set_rng_state(checkpoint["torch_rng"])
         if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
@@ -1772,7 +1827,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
     logger = Logger(run_dir, args, counters.frames, checkpoint["metrics_size"] if checkpoint else 0)
     stack.callback(logger.close)
 
-    def save() -> None:
+    def save(last: bool = False) -> None:
         learner.wait()
         state = {
             "format": FORMAT,
@@ -1791,6 +1846,9 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
             replay.steps.flush()
             save_checkpoint(run_dir / "checkpoint.pt", state)
         except OSError as error:
+            if last:
+                text = f"could not save frame {counters.frames} ({error}); the previous checkpoint stays"
+                raise UserError(f"{text}: free some space, then --resume {run_dir}") from None
             logger.warn("save", f"could not save ({error}); the previous checkpoint stays, trying again later")
 
     stop_signals = []
@@ -1812,7 +1870,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
     replay.add(image, zeros, zeros[:, 0], is_first, is_last, is_last)
     policy, state = fast_policy(learner.acting, args.num_envs, args.action_noise), agent.initial_state(args.num_envs)
     episode_return, episode_frames = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
-    metrics, image_errors = {}, []
+    metrics, logged, image_errors = {}, 0, []
     start, start_frames, start_updates = time.time(), counters.frames, learner.updates
     interval = 0.5 if sys.stderr.isatty() else 30
     bar = tqdm(total=args.total_steps, initial=counters.frames, unit="frame", mininterval=interval)
@@ -1833,7 +1891,8 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
             due = phases * args.update_steps if learner.updates else args.pretrain or args.update_steps
             counters.updates_due += due
             counters.next_train += phases * args.collect_steps
-        for batch in prefetch(pool, replay, rng, args, counters.updates_due):
+        updates = counters.updates_due if len(replay) >= args.train_seq_len else 0
+        for batch in prefetch(pool, replay, rng, args, updates):
             metrics = learner(batch)
             if device.type == "cpu":  # on CUDA before each log line, which waits for the device anyway
                 learner.check_finite(metrics)
@@ -1843,11 +1902,16 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
                 break
 
         # STEP
-        image, reward, is_terminal, ended, restarted = envs.step(action)
+        try:
+            image, reward, is_terminal, ended, restarted = envs.step(action)
+            if not np.isfinite(reward).all():
+                bad = reward[~np.isfinite(reward)][0]
+                raise UserError(f"{args.env_id} gave the reward {bad}: mend the environment, then --resume {run_dir}")
+        except UserError:
+            save()
+            raise
 
         # STORE
-        if not np.isfinite(reward).all():
-            raise UserError(f"{args.env_id} gave the reward {reward[~np.isfinite(reward)][0]}: mend the environment")
         replay.close_streams(restarted)
         is_first, is_last = is_last | restarted, ended  # the row after an episode's last is the next one's first
         action[is_first] = 0
@@ -1866,8 +1930,8 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
 
         # LOG
         done = counters.frames >= args.total_steps
-        if metrics and (counters.frames >= counters.next_log or done):
-            counters.next_log = counters.frames + args.scalar_freq
+        if metrics and (counters.frames >= counters.next_log and learner.updates > logged or done):
+            counters.next_log, logged = counters.frames + args.scalar_freq, learner.updates
             learner.check_finite(metrics)
             seconds = time.time() - start
             values = {name: metric.item() for name, metric in metrics.items()}
@@ -1888,7 +1952,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
             except Exception as error:  # whatever an environment raises
                 logger.warn("evaluation", f"the evaluation failed: {type(error).__name__}: {error}")
                 returns, frames = [], None
-            if stop_signals:  # the resumed run evaluates again
+            if stop_signals:  # the resumed run evaluates again, if it has frames to go
                 break
             counters.next_eval = counters.frames - counters.frames % args.eval_every + args.eval_every
             if returns:
@@ -1910,11 +1974,11 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         if late or done or restarted.any():
             counters.next_save = counters.frames + args.checkpoint_interval
             saved_rows = replay.total
-            save()
+            save(last=done)
 
     if stop_signals:
         pool.shutdown()  # the thread may be drawing a batch, with the random state that is saved
-        save()
+        save(last=True)
         print(f"\nstopped and saved at frame {counters.frames}; continue with --resume {run_dir}", file=sys.stderr)
 
 
@@ -1932,7 +1996,11 @@ def main(args: Args) -> None:
     (channels, _, _), action_size = probe_env(args)
     if (channels, action_size) != (agent.channels, agent.action_size):
         raise UserError(f"the agent was trained on another environment: {args.env_id} has other images or actions")
-    returns, _ = evaluate(agent, args, args.eval_episodes, args.seed, stop=[])
+    stop_signals = []
+    signal.signal(signal.SIGINT, lambda number, _: stop_signals.append(number))  # ends with what was played
+    returns, _ = evaluate(agent, args, args.eval_episodes, args.seed, stop_signals)
+    if not returns:
+        raise UserError("stopped before the end of the first episode")
     print(f"{args.env_id}: return {np.mean(returns):.2f} +- {np.std(returns):.2f} over {len(returns)} episodes")
 
 

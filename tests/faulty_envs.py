@@ -42,6 +42,16 @@ class RaisesOnce(Faulty):
         return reward
 
 
+class RaisesUnpicklableOnce(Faulty):
+    def fault(self, reward):
+        class LostConnection(Exception):
+            """Cannot be pickled: nobody can import it."""
+
+        if self.happens_now():
+            raise LostConnection("the simulator fell over")
+        return reward
+
+
 class DiesOnce(Faulty):
     def fault(self, reward):
         if self.happens_now():
@@ -54,6 +64,19 @@ class HangsOnce(Faulty):
         if self.happens_now():
             time.sleep(100)
         return reward
+
+
+class RestartHangsOnce(Faulty):
+    """Raises once; then a reset hangs, once."""
+
+    fault = RaisesOnce.fault
+
+    def reset(self, **kwargs):
+        marker = Path(os.environ["FAULT_MARKER"])
+        if marker.exists() and not (hung := marker.with_suffix(".hung")).exists():
+            hung.touch()
+            time.sleep(1000)
+        return super().reset(**kwargs)
 
 
 class ResetRaisesOnce(Faulty):

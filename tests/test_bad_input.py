@@ -63,6 +63,10 @@ def assert_refused(script, folder, flags, fragment):
         (["--evaluate"], "evaluate.*expected one argument"),
         (["--resume", "runs/a", "--config", "a.yaml"], "only one of"),
         (["--resume", "runs/a", "--evaluate", "runs/a"], "only one of"),
+        (["--resume", 300 * "a"], "not a run folder"),
+        (["--evaluate", 300 * "a"], "not a run folder"),
+        (["--exp-name", "a\udcffb"], "UTF-8"),
+        (["--seed", str(2**30)], "seed.*less than"),
         (["--units", "many"], "units"),
         (["--units", "2.5"], "units"),
         (["--units", ""], "units"),
@@ -322,6 +326,7 @@ CONTINUOUS_ONLY = [
     ("CartPole-v1", "Discrete.*needs.*dreamer_v2_atari.py"),
     ("ALE/Pong-v5", "discrete.*dreamer_v2_atari.py"),
     ("atari/pong", "discrete.*dreamer_v2_atari.py"),
+    ("PongNoFrameskip-v4", "discrete.*dreamer_v2_atari.py"),
     ("Blackjack-v1", "Discrete.*needs|render"),
 ]
 DISCRETE_ONLY = [
