@@ -526,7 +526,8 @@ def test_rows_overwritten_since_the_last_save_that_succeeded_are_told(script, tm
     sizes = {"total_steps": 100, "replay_capacity": 40, "checkpoint_interval": 10}
     run_dir = train(script, tmp_path, small(script, **sizes))
     monkeypatch.setattr(script, "save_checkpoint", disk_full)
-    train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "300"])
+    with pytest.raises(script.UserError, match="could not save frame 300"):
+        train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "300"])
     monkeypatch.undo()
     with pytest.raises(script.UserError, match="steps.npy"):
         train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "104"])
