@@ -83,7 +83,7 @@ class Args:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """autocast precision (on the CPU: of updates, not of the policy); auto: bfloat16 on CUDA, float32 on the CPU"""
     compile: bool = True
-    """on CUDA: compile the recurrences with torch.compile"""
+    """on CUDA: compile the recurrences and the losses with torch.compile"""
     cuda_graph: bool = True
     """on CUDA: replay the whole update, and the policy's step, as CUDA graphs"""
     track: bool = False
@@ -121,7 +121,7 @@ class Args:
     update_steps: int = 1
     """updates in each training phase"""
     pretrain: int = 100
-    """updates right after the seed frames"""
+    """updates right after the seed frames (0: as many as in the other training phases)"""
     scalar_freq: int = 1000
     """frames between two log lines"""
     eval_every: int = 100_000
@@ -226,6 +226,7 @@ def load_config(path: Path) -> Args:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no `flag: value` lines")
     fields = {field.name: field.type for field in dataclasses.fields(Args)}
+    fields = {name: kind for name, kind in fields.items() if name not in ("config", "resume", "evaluate")}
     for key, value in values.items():
         if key not in fields:
             raise UserError(f"unknown key {key!r} in {path}; `--help` lists the flags")
@@ -249,8 +250,8 @@ def load_config(path: Path) -> Args:
 def check_args(args: Args) -> Args:
     """Raises `UserError` for values no run can have."""
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
-            raise UserError(f"--{name.replace('_', '-')} {value} must be a finite number that is not negative")
+        if isinstance(value, (int, float)) and not 0 <= value < 2**53:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be a finite number, from 0 to 2**53")
     may_be_zero = {"seed", "seed_steps", "pretrain", "eval_every", "obs_embed_size", "reward_layers"}
     may_be_zero |= {"discount_layers", "value_layers", "actor_layers"}
     for field in dataclasses.fields(Args):
@@ -332,14 +333,14 @@ class DeepMindControl(gym.Env):
     metadata = {"render_modes": ["rgb_array"]}
     render_mode = "rgb_array"
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, seed: int | None = None):
         from dm_control import suite
 
         domain, _, task = name.removesuffix("-v0").partition("-")
         if (domain, task) not in suite.ALL_TASKS:
             tasks = ", ".join(f"{d}-{t}" for d, t in suite.ALL_TASKS if d == domain) or "walker-walk, cheetah-run, ..."
             raise UserError(f"dm_control has no task {name!r}; it has {tasks}")
-        self.env = suite.load(domain, task)
+        self.env = suite.load(domain, task, {"random": seed})  # lqr draws its springs here
         # The same image at a lower cost: by default the off-screen buffer is 640x480.
         self.env.physics.model.vis.global_.offwidth = self.env.physics.model.vis.global_.offheight = 64
         self.camera, self.camera_id = None, 2 if domain == "quadruped" else 0
@@ -425,12 +426,12 @@ def make_env(args: Args) -> gym.Env:
         raise UserError(f"{args.env_id} has discrete actions, which dreamer_v2_atari.py takes")
     if suite in ("dmc", "dm_control"):
         choose_gl()
-        env = DeepMindControl(name)
+        env = DeepMindControl(name, args.seed)
     else:
         size, (module, _, name) = {}, args.env_id.rpartition(":")
         if module:
             importlib.import_module(module)
-        if "mujoco" in str(gym.spec(name).entry_point):
+        if "gymnasium.envs.mujoco" in str(gym.spec(name).entry_point):
             choose_gl()
             size = {"width": 64, "height": 64}
         env = gym.make(args.env_id, render_mode="rgb_array", **size)
@@ -441,7 +442,13 @@ def make_env(args: Args) -> gym.Env:
         )
     if not env.action_space.is_bounded():
         raise UserError(f"{args.env_id} has unbounded actions: wrap it so that they are bounded")
-    return Pixels(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)), args.action_repeat)
+    low, high = env.action_space.low, env.action_space.high
+    env = gym.wrappers.TransformAction(
+        env,
+        lambda action: np.clip(low + (high - low) * (action + 1) / 2, low, high),  # rounding could pass a bound
+        gym.spaces.Box(-1, 1, low.shape),
+    )
+    return Pixels(env, args.action_repeat)
 
 
 def make_envs(args: Args, num_envs: int, workers: bool = False) -> gym.vector.VectorEnv:
@@ -490,6 +497,17 @@ def close_envs(envs: gym.vector.VectorEnv) -> None:
 
 def random_actions(rng: np.random.Generator, num_envs: int, action_size: int) -> np.ndarray:
     return rng.uniform(-1, 1, (num_envs, action_size)).astype(np.float32)
+
+
+START_TIMEOUT = 60  # seconds that a worker gets at least for its imports and first reset
+
+
+def reset_envs(envs: gym.vector.VectorEnv, seed: int, timeout: float = 0.0) -> np.ndarray:
+    """Images (N, C, 64, 64). Workers get `timeout` seconds (0: no limit)."""
+    if not timeout or not isinstance(envs, gym.vector.AsyncVectorEnv):
+        return envs.reset(seed=seed)[0]
+    envs.reset_async(seed=seed)
+    return envs.reset_wait(timeout=max(timeout, START_TIMEOUT))[0]
 
 
 def step_envs(envs: gym.vector.VectorEnv, action: np.ndarray, timeout: float = 0.0):
@@ -982,7 +1000,7 @@ class Replay:
             if mode == "r+":
                 np.lib.format.open_memmap(self.path, "r")  # "r+" would fill up a truncated file with zeros
             self.steps = np.lib.format.open_memmap(self.path, mode, self.fields, (self.rows, num_envs))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise UserError(f"cannot open the replay {self.path}: {error}") from None
         if self.steps.dtype != self.fields or self.steps.shape != (self.rows, num_envs):
             raise UserError(
@@ -1618,23 +1636,32 @@ def evaluate(agent: Dreamer, args: Args, episodes: int, seed: int, stop: list) -
     """Plays with the actor's mode. Returns the episodes' returns and, with `capture_video`, the first one's frames.
 
     Frames are (T, 64, 64, 3) uint8; without `capture_video` there is only the first: those of a long game fill memory.
-    It ends early when something gets into the list `stop`.
+    It ends early when something gets into the list `stop`, or after 108,000 frames for each episode; raises what the
+    environment raises, or `RuntimeError` when no episode ended.
     """
-    envs, policy = make_envs(args, 1), fast_policy(agent, 1, mode=True)
-    image, _ = envs.reset(seed=seed)
-    is_first, is_last, state = np.ones(1, bool), np.zeros(1, bool), agent.initial_state(1)
-    returns, total, frames = [], 0.0, [image[0]]
-    while len(returns) < episodes and not stop:
-        action, state = policy(image, state, is_first)
-        is_first = is_last  # the row after an episode's last is the next one's first
-        image, reward, _, is_last = step_envs(envs, action.cpu().numpy())
-        total += float(reward[0])
-        if args.capture_video and not returns:
-            frames.append(image[0])
-        if is_last[0]:
-            returns.append(total)
-            total = 0.0
-    envs.close()
+    envs, policy = make_envs(args, 1, workers=args.env_timeout > 0), fast_policy(agent, 1, mode=True)
+    try:
+        image = reset_envs(envs, seed, args.env_timeout)
+        is_first, is_last, state = np.ones(1, bool), np.zeros(1, bool), agent.initial_state(1)
+        returns, total, frames, steps_left = [], 0.0, [image[0]], episodes * (108_000 // args.action_repeat)
+        while len(returns) < episodes and steps_left and not stop:
+            action, state = policy(image, state, is_first)
+            action = action.cpu().numpy()
+            if isinstance(envs, gym.vector.AsyncVectorEnv):
+                envs.step_async(action)
+            is_first = is_last  # the row after an episode's last is the next one's first
+            image, reward, _, is_last = step_envs(envs, action, args.env_timeout)
+            total += float(reward[0])
+            if args.capture_video and not returns:
+                frames.append(image[0])
+            if is_last[0]:
+                returns.append(total)
+                total = 0.0
+            steps_left -= 1
+    finally:
+        close_envs(envs)
+    if not (returns or stop):
+        raise RuntimeError(f"no episode ended within {episodes * 108_000:,} frames")
     frames = np.stack(frames).transpose(0, 2, 3, 1)
     return returns, frames.repeat(3 // frames.shape[-1], -1)
 
@@ -1659,8 +1686,6 @@ class Counters:
 class SturdyEnvs:
     """A run's environments. What raises, dies or hangs is started again; five times in a row end the run."""
 
-    START_TIMEOUT = 60  # seconds that a worker gets at least for its imports and first reset
-
     def __init__(self, args: Args, counters: Counters, logger: Logger):
         self.args, self.counters, self.logger = args, counters, logger
         self.sizes = group_sizes(args)  # a group breaks alone
@@ -1679,11 +1704,7 @@ class SturdyEnvs:
         while True:
             try:
                 envs = self.groups[group] = make_envs(self.args, self.sizes[group], workers)
-                fresh_seed = seed + group + self.faults[group]
-                if not (self.args.env_timeout and isinstance(envs, gym.vector.AsyncVectorEnv)):
-                    return envs.reset(seed=fresh_seed)[0]
-                envs.reset_async(seed=fresh_seed)
-                return envs.reset_wait(timeout=max(self.args.env_timeout, self.START_TIMEOUT))[0]
+                return reset_envs(envs, seed + group + self.faults[group], self.args.env_timeout)
             except Exception as error:  # whatever an environment raises
                 self.broke(group, error)
 
@@ -1827,7 +1848,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
     logger = Logger(run_dir, args, counters.frames, checkpoint["metrics_size"] if checkpoint else 0)
     stack.callback(logger.close)
 
-    def save(last: bool = False) -> None:
+    def save(last: bool = False) -> bool:
         learner.wait()
         state = {
             "format": FORMAT,
@@ -1850,6 +1871,8 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
                 text = f"could not save frame {counters.frames} ({error}); the previous checkpoint stays"
                 raise UserError(f"{text}: free some space, then --resume {run_dir}") from None
             logger.warn("save", f"could not save ({error}); the previous checkpoint stays, trying again later")
+            return False
+        return True
 
     stop_signals = []
 
@@ -1904,9 +1927,9 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         # STEP
         try:
             image, reward, is_terminal, ended, restarted = envs.step(action)
-            if not np.isfinite(reward).all():
-                bad = reward[~np.isfinite(reward)][0]
-                raise UserError(f"{args.env_id} gave the reward {bad}: mend the environment, then --resume {run_dir}")
+            bad = reward[~(np.abs(reward) < 1e38)]  # NaN too; float32 ends at 3e38
+            if len(bad):
+                raise UserError(f"{args.env_id} gave the reward {bad[0]}: mend it, then --resume {run_dir}")
         except UserError:
             save()
             raise
@@ -1970,11 +1993,12 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
                     logger.warn("drift", f"{message}, or raise --kl-loss-coeff so that the prior is learned")
 
         # SAVE
-        late = counters.frames >= counters.next_save or replay.total - saved_rows >= slack - 1
-        if late or done or restarted.any():
+        # The last chance: soon the ring overwrites what the last checkpoint counts on.
+        slack_used = replay.total >= replay.rows and replay.total - saved_rows >= slack - 1
+        if counters.frames >= counters.next_save or slack_used or done or restarted.any():
             counters.next_save = counters.frames + args.checkpoint_interval
-            saved_rows = replay.total
-            save(last=done)
+            if save(last=done or slack_used):
+                saved_rows = replay.total
 
     if stop_signals:
         pool.shutdown()  # the thread may be drawing a batch, with the random state that is saved
@@ -1998,7 +2022,11 @@ def main(args: Args) -> None:
         raise UserError(f"the agent was trained on another environment: {args.env_id} has other images or actions")
     stop_signals = []
     signal.signal(signal.SIGINT, lambda number, _: stop_signals.append(number))  # ends with what was played
-    returns, _ = evaluate(agent, args, args.eval_episodes, args.seed, stop_signals)
+    agent.args = args  # flags may have been given beside --evaluate
+    try:
+        returns, _ = evaluate(agent, args, args.eval_episodes, args.seed, stop_signals)
+    except Exception as error:  # whatever an environment raises
+        raise UserError(f"{args.env_id} failed: {type(error).__name__}: {error}") from None
     if not returns:
         raise UserError("stopped before the end of the first episode")
     print(f"{args.env_id}: return {np.mean(returns):.2f} +- {np.std(returns):.2f} over {len(returns)} episodes")

@@ -99,6 +99,18 @@ class NanReward(Faulty):
         return float("nan")
 
 
+class HugeReward(Faulty):
+    def fault(self, reward):
+        return 1e39
+
+
+class Endless(DotSteer):
+    """Its episodes never end, and its steps take no time."""
+
+    def step(self, action):
+        return np.array(self.state(), np.float32), 0.0, False, False, {}
+
+
 class Slow(DotSteer):
     """A hundredth of a second a step, and no time limit."""
 
@@ -150,10 +162,12 @@ class CannotBeReset(DotSteer):
 class Gauge(DotSteer):
     """Actions between -3 and 5; notes what it was given and how often it was drawn. Ends after five steps."""
 
+    bounds = gym.spaces.Box(np.float32(-3), np.float32(5), (2,))
+
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         if not self.discrete:
-            self.action_space = gym.spaces.Box(np.float32(-3), np.float32(5), (2,))
+            self.action_space = self.bounds
         self.actions, self.drawn = [], 0
 
     def step(self, action):
@@ -178,5 +192,5 @@ for cls in (*Faulty.__subclasses__(), *(cls for cls in DotSteer.__subclasses__()
     for suffix, discrete in (("", False), ("Discrete", True)):
         env_id = f"{cls.__name__}{suffix}-v0"
         if cls.__module__ == __name__ and env_id not in gym.registry:
-            limit = None if cls in (Slow, Gauge, FromTwo) else 25
+            limit = None if cls in (Endless, Slow, Gauge, FromTwo) else 25
             gym.register(env_id, f"{__name__}:{cls.__name__}", max_episode_steps=limit, kwargs={"discrete": discrete})

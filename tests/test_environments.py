@@ -136,6 +136,27 @@ def test_actions_between_minus_one_and_one_span_the_environments_own_range(conti
     assert env.unwrapped.actions == [[-3, -3], [5, 5], [1, 3]]
 
 
+@pytest.mark.parametrize(("low", "high"), [(-3.3, 0.7), (1e-3, 5), (-0.4, 0.4), (0, 1)])
+def test_no_rounding_takes_an_action_out_of_bounds(continuous, low, high, monkeypatch):
+    from tests import faulty_envs
+
+    box = gym.spaces.Box(np.float32(low), np.float32(high), (2,))
+    monkeypatch.setattr(faulty_envs.Gauge, "bounds", box)
+    env = make(continuous, "tests.faulty_envs:Gauge-v0", action_repeat=1)
+    env.reset(seed=1)
+    for action in np.random.default_rng(0).uniform(-1, 1, (100, 2)).round(1):
+        env.step(action.astype(np.float32))
+    assert all(box.contains(np.array(action, np.float32)) for action in env.unwrapped.actions)
+
+
+def test_lqr_has_the_same_springs_in_every_environment_of_a_run(continuous):
+    stiffness = []
+    for seed in (1, 1, 2):
+        env = make(continuous, "dmc/lqr-lqr_2_1", seed=seed)
+        stiffness.append(env.unwrapped.env.physics.model.jnt_stiffness.copy())
+    assert (stiffness[0] == stiffness[1]).all() and (stiffness[0] != stiffness[2]).any()
+
+
 def test_an_action_is_repeated_and_drawn_once_and_its_rewards_are_summed(script):
     env = make(script, env_id(script, "Gauge", "tests.faulty_envs"), action_repeat=2)
     gauge, action = env.unwrapped, env.action_space.sample()

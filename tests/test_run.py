@@ -8,6 +8,7 @@ import fcntl
 import io
 import itertools
 import math
+import multiprocessing
 import os
 import random
 import resource
@@ -468,6 +469,13 @@ def test_evaluate_prints_mean_and_deviation_and_writes_nothing(script, finished,
     assert capsys.readouterr().out == printed, "the same seed plays the same episodes"
 
 
+def test_flags_beside_evaluate_hold(script, finished, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(script, "evaluate", lambda agent, *_: seen.append(agent.args) or ([1.0], None))
+    train(script, tmp_path, ["--evaluate", str(finished), "--precision", "bfloat16", "--no-cuda-graph"])
+    assert seen[0].precision == "bfloat16" and not seen[0].cuda_graph
+
+
 def test_from_pretrained_gives_the_agent_of_the_checkpoint(script, finished):
     agent = script.Dreamer.from_pretrained(finished)
     saved = script.load_checkpoint(finished)["agent"]
@@ -520,17 +528,18 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_the_run_goes_on(script, t
     assert script.load_checkpoint(run_dir)["counters"]["frames"] == 160
 
 
-def test_rows_overwritten_since_the_last_save_that_succeeded_are_told(script, tmp_path, monkeypatch):
-    """The disk stays full until the ring has gone round: the checkpoint's rows are no more, so no run goes on with
-    others in their place."""
+def test_a_disk_that_stays_full_ends_the_run_before_the_ring_overwrites_what_the_last_checkpoint_needs(
+    script, tmp_path, monkeypatch
+):
     sizes = {"total_steps": 100, "replay_capacity": 40, "checkpoint_interval": 10}
     run_dir = train(script, tmp_path, small(script, **sizes))
     monkeypatch.setattr(script, "save_checkpoint", disk_full)
-    with pytest.raises(script.UserError, match="could not save frame 300"):
+    with pytest.raises(script.UserError, match="could not save frame 1[01].*free some space"):
         train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "300"])
     monkeypatch.undo()
-    with pytest.raises(script.UserError, match="steps.npy"):
-        train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "104"])
+    assert script.load_checkpoint(run_dir)["counters"]["frames"] == 100
+    train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "120"])
+    assert script.load_checkpoint(run_dir)["counters"]["frames"] == 120
 
 
 @pytest.mark.parametrize("place", ["torch.save", "metrics.jsonl", "tensorboard", "videos"])
@@ -616,7 +625,7 @@ def test_an_environment_that_keeps_failing_ends_the_run_with_its_cause(script, t
 def test_a_worker_whose_reset_hangs_is_started_again(script, tmp_path, monkeypatch):
     """The step raises once, then the restarted one's reset hangs, once."""
     monkeypatch.setenv("FAULT_MARKER", str(tmp_path / "marker"))
-    monkeypatch.setattr(script.SturdyEnvs, "START_TIMEOUT", 20)
+    monkeypatch.setattr(script, "START_TIMEOUT", 20)
     environment = env_id(script, "RestartHangsOnce", "tests.faulty_envs")
     run_dir = train(script, tmp_path, small(script, env_id=environment, total_steps=100, env_timeout=3.0))
     assert script.load_checkpoint(run_dir)["counters"]["env_restarts"] == 2
@@ -644,6 +653,28 @@ def test_a_faulty_environment_in_an_evaluation_does_not_end_the_run(script, tmp_
     assert script.load_checkpoint(run_dir)["counters"]["frames"] == 300
 
 
+def test_an_environment_that_hangs_in_an_evaluation_is_given_up_after_the_timeout(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT_MARKER", str(tmp_path / "marker"))
+    args = small_args(script, env_id=env_id(script, "HangsOnce", "tests.faulty_envs"), env_timeout=3.0)
+    begin = time.monotonic()
+    with pytest.raises(multiprocessing.TimeoutError):
+        script.evaluate(script.Dreamer.from_config(args), args, 1, seed=1, stop=[])
+    assert (tmp_path / "marker").exists() and time.monotonic() - begin < 90
+    assert not multiprocessing.active_children(), "the one that hangs is gone"
+
+
+def test_an_evaluation_whose_episodes_do_not_end_is_given_up(script):
+    args = small_args(script, env_id=env_id(script, "Endless", "tests.faulty_envs"), action_repeat=36_000)
+    with pytest.raises(RuntimeError, match="no episode ended within 216,000 frames"):
+        script.evaluate(script.Dreamer.from_config(args), args, 2, seed=1, stop=[])
+
+
+def test_evaluate_tells_of_a_faulty_environment_in_one_line(script, finished, tmp_path):
+    flags = ["--evaluate", str(finished), "--env-id", env_id(script, "Raises", "tests.faulty_envs")]
+    with pytest.raises(script.UserError, match="Raises.*failed: RuntimeError: the simulator fell over"):
+        train(script, tmp_path, flags)
+
+
 def failing_once(function, error):
     errors = [error]
 
@@ -665,6 +696,11 @@ def test_ten_updates_in_a_row_that_are_not_finite_end_the_run_at_once(script, tm
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")  # from before: it is whole and finite
     agent = script.Dreamer.from_pretrained(path.parent)
     assert all(parameter.isfinite().all() for parameter in agent.parameters())
+
+
+def test_a_reward_beyond_float32_ends_the_run(script, tmp_path):
+    with pytest.raises(script.UserError, match=r"reward 1e\+39"):
+        train(script, tmp_path, small(script, env_id=env_id(script, "HugeReward", "tests.faulty_envs")))
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])

@@ -227,6 +227,17 @@ def test_imagination_starts_at_every_posterior_but_with_a_discount_head_not_at_t
     assert imagined[0][0]["horizon"] == H
 
 
+def test_nothing_imagined_from_a_terminal_state_counts_wherever_in_the_sequence_it_stands(monkeypatch):
+    agent = make_agent(pred_discount=True)
+    actor_loss, critic_loss = watch(v1, monkeypatch, "actor_loss"), watch(v1, monkeypatch, "critic_loss")
+    batch = make_batch()
+    make_learner(agent).update(batch)
+    over = batch.is_terminal[:-1].flatten()
+    assert over.any()
+    for arguments in (actor_loss[0][0], critic_loss[0][0]):
+        assert (arguments["weight"][:, over] == 0).all() and (arguments["weight"][:, ~over] > 0).all()
+
+
 def test_the_actors_input_takes_no_gradient(monkeypatch):
     """Actions depend on the start state by value only, and no earlier action acts on a later one's gradient."""
     agent, n = make_agent(), 5
@@ -298,15 +309,17 @@ def test_all_three_losses_are_of_the_weights_before_the_update():
 
 @pytest.mark.parametrize("pred_discount", [False, True])
 def test_returns_and_weights_follow_from_imagined_rewards_values_and_discounts(pred_discount, monkeypatch):
-    """Weights are cumprod([1, discount, discount, ...]), cut from the graph; the start state has no return."""
-    agent = make_agent(pred_discount=pred_discount, **STILL)
+    """Weights are cumprod([1, discount, discount, ...]), cut from the graph, and with a discount head 0 from a terminal
+    state; the start state has no return."""
+    agent, batch = make_agent(pred_discount=pred_discount, **STILL), make_batch()
     imagined, actor_loss, critic_loss = (watch(v1, monkeypatch, f) for f in ("imagine", "actor_loss", "critic_loss"))
-    make_learner(agent, td_lambda=0.7, discount=0.9)(make_batch())
+    make_learner(agent, td_lambda=0.7, discount=0.9)(batch)
     feat = imagined[0][1][0]
     model, rows = agent.world_model, feat.shape[1]
     reward, value = model.reward(feat)[..., 0], agent.value(feat)[..., 0]
     discount = model.discount(feat)[..., 0].sigmoid() if pred_discount else torch.full((H + 1, rows), 0.9)
-    returns, weights, weight = [value[H]], [], torch.ones(rows)
+    alive = 1 - batch.is_terminal[:-1].flatten().float() if pred_discount else torch.ones(rows)
+    returns, weights, weight = [value[H]], [], alive
     for t in range(H - 1, 0, -1):
         returns.insert(0, reward[t] + discount[t] * (0.3 * value[t + 1] + 0.7 * returns[0]))
     for t in range(1, H):
