@@ -32,7 +32,6 @@ Steps are environment frames, action repeat included. Sequences are time-major, 
 and the reward r_t received on arriving there.
 """
 
-import argparse
 import contextlib
 import copy
 import ctypes
@@ -226,7 +225,6 @@ def load_config(path: Path) -> Args:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no `flag: value` lines")
     fields = {field.name: field.type for field in dataclasses.fields(Args)}
-    fields = {name: kind for name, kind in fields.items() if name not in ("config", "resume", "evaluate")}
     for key, value in values.items():
         if key not in fields:
             raise UserError(f"unknown key {key!r} in {path}; `--help` lists the flags")
@@ -249,20 +247,22 @@ def load_config(path: Path) -> Args:
 
 def check_args(args: Args) -> Args:
     """Raises `UserError` for values no run can have."""
-    for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not 0 <= value < 2**53:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be a finite number, from 0 to 2**53")
-    may_be_zero = {"seed", "seed_steps", "pretrain", "eval_every", "obs_embed_size", "reward_layers"}
-    may_be_zero |= {"discount_layers", "value_layers", "actor_layers"}
+    least = {"imagine_horizon": 2, "train_seq_len": 2}  # of whole numbers; 1 where nothing else is said
+    may_be_zero = ("seed", "seed_steps", "pretrain", "eval_every", "obs_embed_size")
+    least |= dict.fromkeys((*may_be_zero, "reward_layers", "discount_layers", "value_layers", "actor_layers"), 0)
+    positive = ("model_learning_rate", "actor_learning_rate", "value_learning_rate", "adam_eps", "grad_clip")
+    shares = ("discount", "td_lambda", "actor_grad_mix", "kl_alpha")
     for field in dataclasses.fields(Args):
-        if field.type is int and field.name not in may_be_zero and getattr(args, field.name) < 1:
-            raise UserError(f"--{field.name.replace('_', '-')} must be at least 1")
-    for name in ("model_learning_rate", "actor_learning_rate", "value_learning_rate", "adam_eps", "grad_clip"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be greater than 0")
-    for name in ("discount", "td_lambda", "actor_grad_mix", "kl_alpha"):
-        if getattr(args, name) > 1:
-            raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1")
+        name, value = field.name, getattr(args, field.name)
+        flag = f"--{name.replace('_', '-')} {value}"
+        if field.type in (int, float) and not 0 <= value < 2**53:
+            raise UserError(f"{flag} must be a finite number, from 0 to 2**53")
+        if field.type is int and value < least.get(name, 1):
+            raise UserError(f"{flag} must be at least {least.get(name, 1)}")
+        if name in positive and value == 0:
+            raise UserError(f"{flag} must be greater than 0")
+        if name in shares and value > 1:
+            raise UserError(f"{flag} must lie between 0 and 1")
     if args.seed >= 2**30:  # ALE takes seeds to 2**31, and later episodes have higher ones
         raise UserError("--seed must be less than 2**30")
     try:
@@ -274,40 +274,37 @@ def check_args(args: Args) -> Args:
             f"--train-seq-len {args.train_seq_len} is longer than an environment's share of the replay "
             f"({args.replay_capacity // args.num_envs} agent steps): raise --replay-capacity"
         )
-    for name in ("imagine_horizon", "train_seq_len"):
-        if getattr(args, name) < 2:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 2")
     return args
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the run's or recipe's YAML over the defaults. Raises `UserError` with tyro's message on one line."""
-    sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--resume", "--evaluate", "--config"):
-        sources.add_argument(name)
-    try:
-        given, _ = sources.parse_known_args(argv)
-    except (argparse.ArgumentError, SystemExit) as error:
-        raise UserError(str(error)) from None
-    default = Args()
-    if sum(map(bool, (given.resume, given.evaluate, given.config))) > 1:
-        raise UserError("only one of --resume, --evaluate and --config: a run's own settings are in its folder")
-    if run_dir := given.resume or given.evaluate:
-        if not os.path.isfile(os.path.join(run_dir, "config.yaml")):
-            raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
-        default = load_config(Path(run_dir) / "config.yaml")
-    elif given.config:
-        default = load_config(Path(given.config))
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return check_args(tyro.cli(Args, args=argv, default=default, description=__doc__))
-    except SystemExit as stop:
-        if stop.code:
+
+    def parse(default: Args) -> Args:
+        box = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(box):
+                return tyro.cli(Args, args=argv, default=default, description=__doc__)
+        except SystemExit as stop:
+            if not stop.code:  # --help
+                raise
             text = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
             message = " ".join(text[: next((i for i, line in enumerate(text) if line[:1] in "─╰"), None)])
             raise UserError(f"{message} (--help lists the flags)") from None
-        raise
+
+    args = parse(Args())
+    run_dir = args.resume or args.evaluate
+    path = os.path.join(run_dir, "config.yaml") if run_dir else args.config
+    if sum(map(bool, (args.resume, args.evaluate, args.config))) > 1:
+        raise UserError("only one of --resume, --evaluate and --config: a run's own settings are in its folder")
+    if run_dir and not os.path.isfile(path):
+        raise UserError(f"{run_dir} is not a run folder: it has no config.yaml")
+    if path:
+        default = load_config(Path(path))
+        if default.config or default.resume or default.evaluate:
+            raise UserError(f"{path} may not set config, resume or evaluate: they belong on the command line")
+        args = parse(default)
+    return check_args(args)
 
 
 # ENVIRONMENTS
@@ -395,9 +392,7 @@ class Pixels(gym.Wrapper):
         frame = self.env.render()
         if not (isinstance(frame, np.ndarray) and frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8):
             raise UserError("render() does not give an image: the environment must support render_mode='rgb_array'")
-        if frame.shape[:2] != (64, 64):
-            frame = cv2.resize(frame, (64, 64), interpolation=cv2.INTER_AREA)
-        return frame.transpose(2, 0, 1)
+        return cv2.resize(frame, (64, 64), interpolation=cv2.INTER_AREA).transpose(2, 0, 1)
 
     @plain_errors
     def reset(self, **kwargs):
@@ -483,16 +478,14 @@ def probe_env(args: Args) -> tuple[tuple[int, ...], int]:
     return envs.single_observation_space.shape, int(gym.spaces.flatdim(envs.single_action_space))
 
 
-def close_envs(envs: gym.vector.VectorEnv) -> None:
-    """Ends environments at once, hung and dead ones too; `close` would wait for an answer from every worker."""
-    if isinstance(envs, gym.vector.AsyncVectorEnv):
-        for process in envs.processes:
-            process.kill()
-            process.join()
+def close_envs(envs: gym.vector.VectorEnv | None) -> None:
+    """Ends environments, if they were begun, at once, hung and dead ones too; `close` would wait for every worker."""
+    for process in getattr(envs, "processes", ()):
+        process.kill()
+        process.join()
         envs.closed = True
-    else:
-        with contextlib.suppress(Exception):
-            envs.close()
+    with contextlib.suppress(Exception):
+        envs.close()
 
 
 def random_actions(rng: np.random.Generator, num_envs: int, action_size: int) -> np.ndarray:
@@ -1000,13 +993,11 @@ class Replay:
             if mode == "r+":
                 np.lib.format.open_memmap(self.path, "r")  # "r+" would fill up a truncated file with zeros
             self.steps = np.lib.format.open_memmap(self.path, mode, self.fields, (self.rows, num_envs))
+            if self.steps.dtype != self.fields or self.steps.shape != (self.rows, num_envs):
+                flags = "replay_capacity, num_envs, action_repeat or checkpoint_interval"
+                raise ValueError(f"it was written with another environment, {flags}")
         except (OSError, ValueError, OverflowError) as error:
             raise UserError(f"cannot open the replay {self.path}: {error}") from None
-        if self.steps.dtype != self.fields or self.steps.shape != (self.rows, num_envs):
-            raise UserError(
-                f"{self.path} was written with another environment, replay_capacity, num_envs, action_repeat or "
-                "checkpoint_interval"
-            )
         self.reserved = 0
         self.mirror = None
         if device.type == "cuda" and self.steps["image"].nbytes < 0.6 * torch.cuda.mem_get_info()[0]:
@@ -1026,12 +1017,12 @@ class Replay:
                 raise UserError(
                     f"no room for the replay {self.path} ({error.strerror}): free some space, then --resume"
                 ) from None
-        for env in range(self.num_envs):
-            step = self.steps[row, env]
-            values = (image[env], action[env], reward[env], is_first[env], is_terminal[env], is_last[env])
-            for name, value in zip(self.fields.names[:-1], values, strict=True):
-                step[name] = value
-            step["checksum"] = self.checksum(step, self.total)
+        steps = np.empty(self.num_envs, self.fields)
+        values = (image, action, reward, is_first, is_terminal, is_last)
+        for name, value in zip(self.fields.names[:-1], values, strict=True):
+            steps[name] = value
+        steps["checksum"] = [self.checksum(step, self.total) for step in steps]
+        self.steps[row] = steps
         if self.mirror is not None:
             self.mirror[row].copy_(torch.from_numpy(np.ascontiguousarray(image)), non_blocking=True)
         self.total += 1
@@ -1458,16 +1449,15 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
         for name, optimizer in self.optimizers.items():
-            flags = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-            optimizer.load_state_dict(state["optimizers"][name])
-            optimizer.param_groups[0].update(flags)  # learning rates and the device may have changed since
+            flags = optimizer.state_dict()["param_groups"]  # learning rates and the device may have changed since
+            optimizer.load_state_dict(state["optimizers"][name] | {"param_groups": flags})
             self.skipped[name].copy_(state["skipped"][name])
 
 
 # CHECKPOINT, LOGGING, EVALUATION
 
 
-FORMAT = f"{Path(__file__).stem} 1"  # raised when checkpoints change so that old ones cannot be read
+FORMAT = f"{Path(__file__).stem} 2"  # raised when checkpoints change so that old ones cannot be read
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -1498,16 +1488,13 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{run_dir} has no checkpoint.pt: nothing was saved there yet")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load itself does not look at the checksums
-        if damaged:
-            raise UserError(f"{path} is corrupt: wrong checksum in {damaged}")
+            if damaged := archive.testzip():  # torch.load itself does not look at the checksums
+                raise ValueError(f"wrong checksum in {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
         raise UserError(f"cannot read the checkpoint {path}: {' '.join(str(error).split())[:120]}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of {Path(__file__).name}")
+        raise UserError(f"{path} is not a checkpoint of this version of {Path(__file__).name}")
     return checkpoint
 
 
@@ -1674,13 +1661,10 @@ class Counters:
     """Where a run stands. Everything but `updates_due` is in frames or counts from the run's start."""
 
     frames: int = 0
-    episodes: int = 0
     updates_due: int = 0
     env_restarts: int = 0
-    next_train: int = 0
-    next_log: int = 0
-    next_eval: int = 0
-    next_save: int = 0
+    last_train: int = 0
+    last_eval: int = 0
 
 
 class SturdyEnvs:
@@ -1729,9 +1713,7 @@ class SturdyEnvs:
         return tuple(np.concatenate(field) for field in zip(*rows, strict=True))
 
     def broke(self, group: int, error: Exception) -> None:
-        if self.groups[group] is not None:
-            close_envs(self.groups[group])
-        self.groups[group] = None
+        close_envs(self.groups[group])
         if isinstance(error, UserError):
             raise error
         in_a_row = self.counters.frames - self.fault_frames[group] < 10_000  # episodes may have no end
@@ -1746,8 +1728,7 @@ class SturdyEnvs:
 
     def close(self) -> None:
         for envs in self.groups:
-            if envs is not None:
-                close_envs(envs)
+            close_envs(envs)
 
 
 def prefetch(pool: ThreadPoolExecutor, replay: Replay, rng: np.random.Generator, args: Args, count: int):
@@ -1760,34 +1741,27 @@ def prefetch(pool: ThreadPoolExecutor, replay: Replay, rng: np.random.Generator,
         yield batch
 
 
-def lock(run_dir: Path, stack: contextlib.ExitStack) -> None:
-    """Raises `UserError` if another process is in this run: two would write one replay. A kill releases the lock."""
-    with contextlib.suppress(OSError):  # no such folder, which is told by what reads it next, or no locks on that disk
-        folder = os.open(run_dir, os.O_RDONLY)
-        stack.callback(os.close, folder)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training in {run_dir}: wait for it, or stop it") from None
-
-
 def open_run(args: Args, stack: contextlib.ExitStack) -> tuple[Path, dict | None]:
     """The run folder, locked until `stack` closes: a new one, or the one to resume with its checkpoint."""
-    if args.resume:
-        run_dir = Path(args.resume)
-        lock(run_dir, stack)
-        checkpoint = load_checkpoint(run_dir)
-        if not (run_dir / "replay" / "steps.npy").is_file():
-            raise UserError(f"{run_dir} has lost its replay/steps.npy: nothing to resume from")
-        return run_dir, checkpoint
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path("runs") / re.sub(r"[^\w.=+-]+", "-", name).lstrip(".-")
+    run_dir = Path(args.resume or "runs/" + re.sub(r"[^\w.=+-]+", "-", name).lstrip(".-"))
     try:
-        run_dir.mkdir(parents=True)
+        if not args.resume:
+            run_dir.mkdir(parents=True)
+        folder = os.open(run_dir, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"cannot make the run folder {run_dir}: {error.strerror}") from None
-    lock(run_dir, stack)
-    return run_dir, None
+        raise UserError(f"cannot open the run folder {run_dir}: {error.strerror}") from None
+    stack.callback(os.close, folder)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill releases it
+    except BlockingIOError:  # two would write one replay
+        raise UserError(f"another process is training in {run_dir}: wait for it, or stop it") from None
+    except OSError:  # no locks on that disk
+        pass
+    checkpoint = load_checkpoint(run_dir) if args.resume else None
+    if checkpoint and not (run_dir / "replay" / "steps.npy").is_file():
+        raise UserError(f"{run_dir} has lost its replay/steps.npy: nothing to resume from")
+    return run_dir, checkpoint
 
 
 def write_config(run_dir: Path, args: Args) -> None:
@@ -1825,23 +1799,17 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
     learner = Learner(agent, args, device)
     slack = args.checkpoint_interval // (args.action_repeat * args.num_envs) + 2
     replay = Replay(run_dir / "replay", args.replay_capacity, slack, args.num_envs, image_shape, action_size, device)
-    counters = Counters(next_train=args.seed_steps, next_eval=args.eval_every, next_save=args.checkpoint_interval)
+    counters = Counters()
     if checkpoint:
         learner.load_state_dict(checkpoint["learner"])
         replay.restore(checkpoint["replay_rows"])
         counters = Counters(**checkpoint["counters"])
-        # Flags given now may ask for something sooner than the old ones did.
-        soon = counters.frames + args.collect_steps
-        started = learner.updates or counters.updates_due
-        counters.next_train = min(counters.next_train, soon) if started else args.seed_steps
-        counters.next_log = min(counters.next_log, counters.frames + args.scalar_freq)
-        if args.eval_every:
-            due = counters.frames - counters.frames % args.eval_every + args.eval_every
-            counters.next_eval = min(counters.next_eval, due)
         rng.bit_generator.state = checkpoint["numpy_rng"]
         torch.set_rng_state(checkpoint["torch_rng"])
         if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+    if not (learner.updates or counters.updates_due):  # the first training phase comes when the seed frames are over
+        counters.last_train = args.seed_steps - args.collect_steps
     write_config(run_dir, args)
     if args.cuda and device.type == "cpu":
         print("no CUDA device: training on the CPU", file=sys.stderr)
@@ -1886,9 +1854,10 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
     # TRAINING LOOP
     envs = SturdyEnvs(args, counters, logger)
     stack.callback(envs.close)
-    image, saved_rows = envs.reset(args.seed + counters.frames), replay.total
+    image = envs.reset(args.seed + counters.frames)
     is_first, is_last = np.ones(args.num_envs, bool), np.zeros(args.num_envs, bool)
     zeros = np.zeros((args.num_envs, action_size), np.float32)
+    next_log, next_save, saved_rows = counters.frames, counters.frames + args.checkpoint_interval, replay.total
     replay.close_streams(is_first)  # a resumed run's episodes
     replay.add(image, zeros, zeros[:, 0], is_first, is_last, is_last)
     policy, state = fast_policy(learner.acting, args.num_envs, args.action_noise), agent.initial_state(args.num_envs)
@@ -1908,12 +1877,12 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
             action = action.cpu().numpy()
 
         # LEARN: on CUDA an update is only started here, and runs while the agent acts and the environments step
-        if counters.frames >= counters.next_train and len(replay) >= args.train_seq_len:
-            # A step of many environments may pass several phases; before the first update none are made up for.
-            phases = 1 + (counters.frames - counters.next_train) // args.collect_steps
+        # A step of many environments may pass several phases; before the first update none are made up for.
+        phases = (counters.frames - counters.last_train) // args.collect_steps
+        if phases > 0 and len(replay) >= args.train_seq_len:
             due = phases * args.update_steps if learner.updates else args.pretrain or args.update_steps
             counters.updates_due += due
-            counters.next_train += phases * args.collect_steps
+            counters.last_train += phases * args.collect_steps
         updates = counters.updates_due if len(replay) >= args.train_seq_len else 0
         for batch in prefetch(pool, replay, rng, args, updates):
             metrics = learner(batch)
@@ -1949,12 +1918,11 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
             logger.scalars(counters.frames, {name: float(value) for name, value in values.items()})
             bar.set_postfix({"return": f"{episode_return[env]:.1f}"}, refresh=False)
             episode_return[env], episode_frames[env] = 0, 0
-            counters.episodes += 1
 
         # LOG
         done = counters.frames >= args.total_steps
-        if metrics and (counters.frames >= counters.next_log and learner.updates > logged or done):
-            counters.next_log, logged = counters.frames + args.scalar_freq, learner.updates
+        if metrics and (counters.frames >= next_log and learner.updates > logged or done):
+            next_log, logged = counters.frames + args.scalar_freq, learner.updates
             learner.check_finite(metrics)
             seconds = time.time() - start
             values = {name: metric.item() for name, metric in metrics.items()}
@@ -1968,7 +1936,8 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
             logger.scalars(counters.frames, values)
 
         # EVALUATE
-        if args.eval_every and not stop_signals and (counters.frames >= counters.next_eval or done):
+        due = args.eval_every and counters.frames // args.eval_every > counters.last_eval // args.eval_every
+        if args.eval_every and not stop_signals and (due or done):
             learner.wait()
             try:
                 returns, frames = evaluate(agent, args, args.eval_episodes, args.seed + counters.frames, stop_signals)
@@ -1977,7 +1946,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
                 returns, frames = [], None
             if stop_signals:  # the resumed run evaluates again, if it has frames to go
                 break
-            counters.next_eval = counters.frames - counters.frames % args.eval_every + args.eval_every
+            counters.last_eval = counters.frames
             if returns:
                 logger.scalars(counters.frames, {"charts/eval_return": float(np.mean(returns))})
                 bar.write(f"frame {counters.frames}: evaluation return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
@@ -1995,8 +1964,8 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         # SAVE
         # The last chance: soon the ring overwrites what the last checkpoint counts on.
         slack_used = replay.total >= replay.rows and replay.total - saved_rows >= slack - 1
-        if counters.frames >= counters.next_save or slack_used or done or restarted.any():
-            counters.next_save = counters.frames + args.checkpoint_interval
+        if counters.frames >= next_save or slack_used or done or restarted.any():
+            next_save = counters.frames + args.checkpoint_interval
             if save(last=done or slack_used):
                 saved_rows = replay.total
 
