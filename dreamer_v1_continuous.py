@@ -960,20 +960,23 @@ def world_model_loss(model: "WorldModel", batch: Batch, args: Args) -> tuple[Ten
     return loss, post, metrics
 
 
-def imagine(rssm: RSSM, actor: nn.Module, start: State, horizon: int) -> tuple[Tensor, Tensor]:
-    """Follows the actor from N start states with the prior (section 3). Returns feat and action, (H+1, N, ...).
+def imagine(rssm: RSSM, actor: nn.Module, start: State, horizon: int):
+    """Follows the actor from N start states with the prior (section 3).
+
+    Returns feat and action (H+1, N, ...) and the distributions of a_1 ... a_{H-1}; a_H is in no loss.
 
     feat      s_0      s_1      s_2  ...  s_H        s_0: a posterior state of the batch
     action     0  -a_1->    -a_2->   ...             a_t led to s_t: the actor drew it at s_{t-1}
     """
-    state, feats = start, [start.feat]
+    state, feats, policies = start, [start.feat], []
     actions = [start.deter.new_zeros(len(start.deter), rssm.action_size)]
     for _ in range(horizon):
-        action = actor(feats[-1].detach()).sample()  # the actor's input takes no gradient
-        state = rssm.imagine_step(state, action)
+        policies.append(actor(feats[-1].detach()))  # the actor's input takes no gradient
+        actions.append(policies[-1].sample())
+        state = rssm.imagine_step(state, actions[-1])
         feats.append(state.feat)
-        actions.append(action)
-    return torch.stack(feats), torch.stack(actions)
+    policy = type(policies[0])(*(torch.stack(fields) for fields in zip(*policies[:-1], strict=True)))
+    return torch.stack(feats), torch.stack(actions), policy
 
 
 def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Tensor, td_lambda: float) -> Tensor:
@@ -988,31 +991,29 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Te
 
 
 def imagined_returns(agent: "Dreamer", start: State, args: Args) -> tuple[Tensor, ...]:
-    """Imagines from N posterior states (algorithm 1): feat, action (H+1, N, ...), returns and weight (H-1, N)."""
+    """Imagines from N posterior states (algorithm 1): what `imagine` gives, returns and weight (H-1, N)."""
     model = agent.world_model
     with torch.set_grad_enabled(args.actor_grad != "reinforce"):
-        feat, action = imagine(model.rssm, agent.actor, start, args.imagine_horizon)
-        reward = model.reward(feat[1:]).float().squeeze(-1)  # (H, N): the start state has no return of its own
+        feat, action, policy = imagine(model.rssm, agent.actor, start, args.imagine_horizon)
+        reward = model.reward(feat[1:-1]).float().squeeze(-1)  # (H-1, N): the start has no return, the end only a value
         value = agent.value(feat[1:]).float().squeeze(-1)
         discount = torch.full_like(reward, args.discount)
         if model.discount is not None:
-            discount = model.discount(feat[1:]).float().squeeze(-1).sigmoid()
-        returns = lambda_return(reward[:-1], value[:-1], discount[:-1], value[-1], args.td_lambda)  # (H-1, N)
-    weight = torch.cat([torch.ones_like(discount[:1]), discount[:-2]]).cumprod(0).detach()
-    return feat, action, returns, weight
+            discount = model.discount(feat[1:-1]).float().squeeze(-1).sigmoid()
+        returns = lambda_return(reward, value[:-1], discount, value[-1], args.td_lambda)  # (H-1, N)
+    weight = torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0).detach()
+    return feat, action, policy, returns, weight
 
 
-def actor_loss(actor: nn.Module, value: nn.Module, feat: Tensor, action: Tensor, returns: Tensor, weight, args: Args):
+def actor_loss(policy: NamedTuple, value: nn.Module, feat: Tensor, action: Tensor, returns: Tensor, weight, args: Args):
     """Equation 7 (`dynamics`), or the score-function form, over the states whose action an imagined return follows.
 
     feat     s_0   s_1   s_2  ...  s_{H-2}   s_{H-1}   s_H       (H+1, N, feat)
+    policy   p_0   p_1   p_2  ...  p_{H-2}                       (H-1, N, ...): what a_t was drawn from, at s_{t-1}
     action    0    a_1   a_2  ...            a_{H-1}   a_H       (H+1, N, action)
     returns        G_1   G_2  ...            G_{H-1}             (H-1, N): the action a_t drawn at s_{t-1} earns G_t
     """
-    # The paper has no entropy bonus. Without one the entropy is only logged, that of the first states.
-    with_policy = args.actor_grad != "dynamics" or args.actor_entropy > 0
-    with torch.set_grad_enabled(with_policy):
-        policy = actor(feat[: -2 if with_policy else 1].detach())
+    with torch.set_grad_enabled(args.actor_entropy > 0):  # the paper has no entropy bonus: it is only logged
         entropy = policy.entropy()
     objective = returns
     if args.actor_grad != "dynamics":
@@ -1179,7 +1180,8 @@ class Learner:
             return torch.compile(function, dynamic=False) if cuda and args.compile else function
 
         self.world_model_loss, self.imagined_returns = compiled(world_model_loss), compiled(imagined_returns)
-        self.actor_loss, self.critic_loss = compiled(actor_loss), compiled(critic_loss)
+        self.actor, self.actor_loss = compiled(agent.actor), compiled(actor_loss)
+        self.critic_loss = compiled(critic_loss)
         if cuda and args.compile:
             agent.world_model.rssm.observe_span = compiled(agent.world_model.rssm.observe_span)
 
@@ -1242,11 +1244,13 @@ class Learner:
                 if model.discount is not None:  # the last state's episode may be over (official code)
                     post = State(*(field[:-1] for field in post))
                 start = State(*(field.detach().flatten(0, 1) for field in post))  # (N, ...)
-                feat, action, returns, weight = self.imagined_returns(agent, start, args)
+                feat, action, policy, returns, weight = self.imagined_returns(agent, start, args)
                 if model.discount is not None:  # nothing follows a terminal state, which here may stand anywhere
                     weight = weight * ~batch.is_terminal[:-1].flatten()
             with autocast(args, self.device):  # anew: autocast keeps casts without gradient
-                loss, entropy = self.actor_loss(agent.actor, agent.value, feat, action, returns, weight, args)
+                if args.actor_grad == "reinforce":  # imagined without gradients
+                    policy = self.actor(feat[:-2])
+                loss, entropy = self.actor_loss(policy, agent.value, feat, action, returns, weight, args)
             for module in (model, agent.value):
                 module.requires_grad_(True)
             loss.backward()

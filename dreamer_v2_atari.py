@@ -1050,20 +1050,23 @@ def world_model_loss(model: "WorldModel", batch: Batch, args: Args) -> tuple[Ten
     return loss, post, metrics
 
 
-def imagine(rssm: RSSM, actor: nn.Module, start: State, horizon: int) -> tuple[Tensor, Tensor]:
-    """Follows the actor from N start states with the prior (section 2.2). Returns feat and action, (H+1, N, ...).
+def imagine(rssm: RSSM, actor: nn.Module, start: State, horizon: int):
+    """Follows the actor from N start states with the prior (section 2.2).
+
+    Returns feat and action (H+1, N, ...) and the distributions of a_1 ... a_{H-1}; a_H is in no loss.
 
     feat      s_0      s_1      s_2  ...  s_H        s_0: a posterior state of the batch
     action     0  -a_1->    -a_2->   ...             a_t led to s_t: the actor drew it at s_{t-1}
     """
-    state, feats = start, [start.feat]
+    state, feats, policies = start, [start.feat], []
     actions = [start.deter.new_zeros(len(start.deter), rssm.action_size)]
     for _ in range(horizon):
-        action = actor(feats[-1].detach()).sample()  # the actor's input takes no gradient
-        state = rssm.imagine_step(state, action)
+        policies.append(actor(feats[-1].detach()))  # the actor's input takes no gradient
+        actions.append(policies[-1].sample())
+        state = rssm.imagine_step(state, actions[-1])
         feats.append(state.feat)
-        actions.append(action)
-    return torch.stack(feats), torch.stack(actions)
+    policy = type(policies[0])(*(torch.stack(fields) for fields in zip(*policies[:-1], strict=True)))
+    return torch.stack(feats), torch.stack(actions), policy
 
 
 def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Tensor, td_lambda: float) -> Tensor:
@@ -1078,38 +1081,38 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Te
 
 
 def imagined_returns(agent: "Dreamer", start: State, is_terminal: Tensor, args: Args) -> tuple[Tensor, ...]:
-    """Imagines from N posteriors (section 2.2): feat, action (H+1, N, ...), target (H, N), value, weight (H+1, N).
+    """What `imagine` gives for N posteriors (section 2.2), target (H, N), value and weight (H+1, N).
 
-    index       0         1         2     ...    H          0: a posterior state of the batch
-    reward      r_0       r_1       r_2          r_H        on arriving at the state
-    discount    d_0       d_1       d_2          d_H        d_0 is the true one: 0 if the episode is over there
+    index       0         1         2     ...  H-1          0: a posterior state of the batch
+    reward      r_0       r_1       r_2        r_{H-1}      on arriving at the state
+    discount    d_0       d_1       d_2        d_{H-1}      d_0 is the true one: 0 if the episode is over there
     weight      1         d_0       d_0 d_1                 that the imagined episode got this far
     """
     model = agent.world_model
     with torch.set_grad_enabled(args.actor_grad != "reinforce"):
-        feat, action = imagine(model.rssm, agent.actor, start, args.imagine_horizon)
-        reward = model.reward.mean(feat)  # (H+1, N), as value and discount
+        feat, action, policy = imagine(model.rssm, agent.actor, start, args.imagine_horizon)
+        reward = model.reward.mean(feat[:-1])  # (H, N), as discount: of the last state only the value counts
         value = agent.slow_value(feat).float().squeeze(-1)  # targets and baseline, as in the official code
         discount = torch.full_like(reward, args.discount)
         if model.discount is not None:
             true_discount = args.discount * (1 - is_terminal.float())
-            discount = model.discount(feat).float().squeeze(-1).sigmoid()
+            discount = model.discount(feat[:-1]).float().squeeze(-1).sigmoid()
             discount = torch.cat([true_discount[None], discount[1:]])
-        target = lambda_return(reward[:-1], value[:-1], discount[:-1], value[-1], args.td_lambda)  # (H, N)
-    weight = torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0).detach()  # (H+1, N)
-    return feat, action, target, value, weight
+        target = lambda_return(reward, value[:-1], discount, value[-1], args.td_lambda)  # (H, N)
+    weight = torch.cat([torch.ones_like(discount[:1]), discount]).cumprod(0).detach()  # (H+1, N)
+    return feat, action, policy, target, value, weight
 
 
-def actor_loss(actor: nn.Module, feat: Tensor, action: Tensor, target: Tensor, baseline: Tensor, weight, args: Args):
+def actor_loss(policy: NamedTuple, action: Tensor, target: Tensor, baseline: Tensor, weight: Tensor, args: Args):
     """Equation 6, over the states whose action an imagined target follows.
 
-    feat      s_0   s_1   s_2  ...  s_{H-2}   s_{H-1}   s_H      (H+1, N, feat)
+    state     s_0   s_1   s_2  ...  s_{H-2}   s_{H-1}   s_H
+    policy    p_0   p_1   p_2  ...  p_{H-2}                      (H-1, N, ...): what a_t was drawn from, at s_{t-1}
     action     0    a_1   a_2  ...            a_{H-1}   a_H      (H+1, N, action)
     target   (G_0)  G_1   G_2  ...            G_{H-1}            (H, N): the action a_t drawn at s_{t-1} earns G_t
     baseline v_0    v_1   v_2  ...  v_{H-2}                      (H-1, N): of the state where a_t was drawn
     weight   w_0    w_1   w_2  ...  w_{H-2}                      (H-1, N)
     """
-    policy = actor(feat[:-2].detach())
     entropy, objective = policy.entropy(), target[1:]
     if args.actor_grad == "reinforce":
         objective = policy.log_prob(action[1:-1].detach()) * (target[1:] - baseline).detach()
@@ -1285,7 +1288,8 @@ class Learner:
             return torch.compile(function, dynamic=False) if cuda and args.compile else function
 
         self.world_model_loss, self.imagined_returns = compiled(world_model_loss), compiled(imagined_returns)
-        self.actor_loss, self.critic_loss = compiled(actor_loss), compiled(critic_loss)
+        self.actor, self.actor_loss = compiled(agent.actor), compiled(actor_loss)
+        self.critic_loss = compiled(critic_loss)
         if cuda and args.compile:
             agent.world_model.rssm.observe_span = compiled(agent.world_model.rssm.observe_span)
 
@@ -1345,9 +1349,11 @@ class Learner:
         with autocast(args, self.device):
             start = State(*(field.detach().flatten(0, 1) for field in post))  # (N, ...)
             is_terminal = batch.is_terminal.flatten()
-            feat, action, target, value, weight = self.imagined_returns(agent, start, is_terminal, args)
+            feat, action, policy, target, value, weight = self.imagined_returns(agent, start, is_terminal, args)
         with autocast(args, self.device):  # anew: autocast keeps casts without gradient
-            loss, entropy = self.actor_loss(agent.actor, feat, action, target, value[:-2], weight[:-2], args)
+            if args.actor_grad == "reinforce":  # imagined without gradients
+                policy = self.actor(feat[:-2])
+            loss, entropy = self.actor_loss(policy, action, target, value[:-2], weight[:-2], args)
         model.requires_grad_(True)
         loss.backward()
         metrics |= {"losses/actor": loss, "actor/entropy": entropy} | action_metrics(action[1:])

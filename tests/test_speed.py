@@ -71,7 +71,7 @@ def test_what_is_compiled_has_no_graph_break_and_is_never_compiled_again(script)
     torch._dynamo.reset()
     how = {"dynamic": False, "backend": "aot_eager"}
     rssm.observe_span = torch.compile(rssm.observe_span, fullgraph=True, **how)
-    for name in ("imagined_returns", "actor_loss", "critic_loss"):
+    for name in ("imagined_returns", "actor", "actor_loss", "critic_loss"):
         setattr(learner, name, torch.compile(getattr(learner, name), fullgraph=True, **how))
     learner.world_model_loss = torch.compile(learner.world_model_loss, **how)  # breaks at `observe`, on purpose
     for seed in range(2):

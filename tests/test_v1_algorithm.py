@@ -203,7 +203,7 @@ def test_imagined_action_t_is_drawn_at_state_t_minus_1_and_led_to_state_t(monkey
     rssm, start = agent.world_model.rssm, random_state(agent, n)
     actor_noise, latent_noise = noise(H, n, ACTION), noise(H, n, 4, seed=1)
     monkeypatch.setattr(v1, "sample_normal", imagine_draws(actor_noise, latent_noise))
-    feat, action = v1.imagine(rssm, agent.actor, start, H)
+    feat, action, _ = v1.imagine(rssm, agent.actor, start, H)
     assert feat.shape == (H + 1, n, 12) and action.shape == (H + 1, n, ACTION)
     assert torch.equal(feat[0], start.feat) and not action[0].any()
     state = start
@@ -244,7 +244,7 @@ def test_the_actors_input_takes_no_gradient(monkeypatch):
     start = v1.State(*(field.requires_grad_() for field in random_state(agent, n)))
     actor_noise, latent_noise = noise(H, n, ACTION), noise(H, n, 4, seed=1)
     monkeypatch.setattr(v1, "sample_normal", imagine_draws(actor_noise, latent_noise))
-    feat, action = v1.imagine(agent.world_model.rssm, agent.actor, start, H)
+    feat, action, _ = v1.imagine(agent.world_model.rssm, agent.actor, start, H)
     weights, cotangent = list(agent.actor.parameters()), noise(H, n, ACTION, seed=2)
     of = [start.stoch, start.deter, *weights]
     stoch, deter, *gradients = torch.autograd.grad((cotangent * action[1:]).sum(), of, allow_unused=True)
@@ -344,7 +344,7 @@ def test_actor_gradient_takes_part_in_the_returns_as_actor_grad_says():
     action, weight = torch.tanh(noise(H + 1, n, ACTION)), torch.rand(H - 1, n)
     for actor_grad, share in (("dynamics", 1), ("reinforce", 0), ("both", 0.25)):
         agent = make_agent(actor_grad=actor_grad, actor_grad_mix=0.25)
-        loss = v1.actor_loss(agent.actor, agent.value, feat, action, returns, weight, agent.args)[0]
+        loss = v1.actor_loss(agent.actor(feat[:-2]), agent.value, feat, action, returns, weight, agent.args)[0]
         (gradient,) = torch.autograd.grad(loss, returns, allow_unused=True)
         check_gradient(gradient, -share * weight / weight.numel(), actor_grad)
 
@@ -357,7 +357,7 @@ def test_the_actor_loss_is_the_returns_or_their_score_function_and_the_entropy_b
     feat, returns, weight = noise(H + 1, n, 12), noise(H - 1, n), torch.rand(H - 1, n)
     action, draws = torch.tanh(noise(H + 1, n, ACTION)).requires_grad_(), noise(H - 1, n, ACTION, seed=3)
     monkeypatch.setattr(v1, "sample_normal", Draws(draws))
-    loss = v1.actor_loss(agent.actor, agent.value, feat, action, returns, weight, agent.args)[0]
+    loss = v1.actor_loss(agent.actor(feat[:-2]), agent.value, feat, action, returns, weight, agent.args)[0]
     weights = list(agent.actor.parameters())
     gradients = torch.autograd.grad(loss, weights, retain_graph=True)
     terms = []
@@ -377,6 +377,28 @@ def test_the_actor_loss_is_the_returns_or_their_score_function_and_the_entropy_b
         check_gradient(gradient, other, tolerance=1e-4)
     unused = [action, *agent.value.parameters()]
     assert all(g is None or not g.any() for g in torch.autograd.grad(loss, unused, allow_unused=True))
+
+
+@pytest.mark.parametrize("actor_grad", ["dynamics", "reinforce", "both"])
+def test_the_actors_loss_gets_the_distributions_that_imagined_actions_came_from(actor_grad, monkeypatch):
+    """Those at all states but the last two, with the gradients of the actor's weights."""
+    agent = make_agent(actor_grad=actor_grad)
+    imagined, loss, called = watch(v1, monkeypatch, "imagine"), v1.actor_loss, []
+
+    def watched(policy, *others):
+        expected, weights = agent.actor(imagined[0][1][0][:-2].detach()), list(agent.actor.parameters())
+        cotangents = [noise(*field.shape) for field in expected]
+        gradients = torch.autograd.grad(policy, weights, cotangents, retain_graph=True)
+        for field, other in zip(policy, expected, strict=True):
+            check(field, other)
+        for gradient, other in zip(gradients, torch.autograd.grad(expected, weights, cotangents), strict=True):
+            check_gradient(gradient, other)
+        called.append(True)
+        return loss(policy, *others)
+
+    monkeypatch.setattr(v1, "actor_loss", watched)
+    make_learner(agent).update(make_batch())
+    assert called
 
 
 def test_under_reinforce_the_imagined_returns_carry_no_graph(monkeypatch):

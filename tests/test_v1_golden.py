@@ -429,7 +429,7 @@ def test_a_whole_update_has_the_official_imagination_returns_losses_and_gradient
     check(metrics["losses/image"], -a["out/likes/image"], "image")
     check(metrics["losses/reward"], -a["out/likes/reward"], "reward")
     check(metrics["losses/model"], a["free3/model_loss"], "model")
-    feat, _ = seen["imagine"][1]
+    feat, _, _ = seen["imagine"][1]
     check(feat[1:], case.imagined("imag/feat"), "imagined feat")
     (reward, value, discount, bootstrap, _), returns = seen["lambda_return"]
     check(reward, case.imagined("imag/reward_all_but_last"), "imagined reward")

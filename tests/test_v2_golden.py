@@ -521,7 +521,7 @@ def test_an_update_has_the_official_imagination_targets_losses_and_gradients(mon
     metrics = v2.Learner(agent, args, torch.device("cpu"))(v2.Batch(None, None, None, None, is_terminal))
     assert not latents.indices and not actions.draws, "not all recorded draws were asked for"
 
-    feat, action = imagine[0][1]
+    feat, action, _ = imagine[0][1]
     check(feat, imagined("out/seq/feat"), "feat")
     check(action, imagined("out/seq/action"), "action")
     check(torch.stack(latents.logits), imagined("out/seq/logit")[1:], "logit")
