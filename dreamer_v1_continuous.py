@@ -991,16 +991,20 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Te
 
 
 def imagined_returns(agent: "Dreamer", start: State, args: Args) -> tuple[Tensor, ...]:
-    """Imagines from N posterior states (algorithm 1): what `imagine` gives, returns and weight (H-1, N)."""
-    model = agent.world_model
+    """Imagines from N posterior states (algorithm 1): what `imagine` gives, and of each return's state the weight.
+
+    The start state has no return of its own (official code): returns and weight (H-1, N) are those of s_1 ... s_{H-1}.
+    With `reinforce` it has one, as in DreamerV2: they are (H, N), those of s_0 ... s_{H-1}.
+    """
+    model, first = agent.world_model, 0 if args.actor_grad == "reinforce" else 1
     with torch.set_grad_enabled(args.actor_grad != "reinforce"):
         feat, action, policy = imagine(model.rssm, agent.actor, start, args.imagine_horizon)
-        reward = model.reward(feat[1:-1]).float().squeeze(-1)  # (H-1, N): the start has no return, the end only a value
-        value = agent.value(feat[1:]).float().squeeze(-1)
+        reward = model.reward(feat[first:-1]).float().squeeze(-1)  # of the last state only the value counts
+        value = agent.value(feat[first:]).float().squeeze(-1)
         discount = torch.full_like(reward, args.discount)
         if model.discount is not None:
-            discount = model.discount(feat[1:-1]).float().squeeze(-1).sigmoid()
-        returns = lambda_return(reward, value[:-1], discount, value[-1], args.td_lambda)  # (H-1, N)
+            discount = model.discount(feat[first:-1]).float().squeeze(-1).sigmoid()
+        returns = lambda_return(reward, value[:-1], discount, value[-1], args.td_lambda)
     weight = torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0).detach()
     return feat, action, policy, returns, weight
 
@@ -1031,7 +1035,7 @@ def action_metrics(action: Tensor) -> dict[str, Tensor]:
 
 
 def critic_loss(value: nn.Module, feat: Tensor, returns: Tensor, weight: Tensor) -> Tensor:
-    """Equation 8: regress V(s_t) on the stopped return G_t. feat (H-1, N, feat); returns and weight (H-1, N)."""
+    """Equation 8: regress V(s_t) on the stopped return G_t. feat (T, N, feat); returns and weight (T, N)."""
     return (weight * normal_nll(value(feat.detach()).float().squeeze(-1), returns.detach())).mean()
 
 
@@ -1250,14 +1254,16 @@ class Learner:
             with autocast(args, self.device):  # anew: autocast keeps casts without gradient
                 if args.actor_grad == "reinforce":  # imagined without gradients
                     policy = self.actor(feat[:-2])
-                loss, entropy = self.actor_loss(policy, agent.value, feat, action, returns, weight, args)
+                last = args.imagine_horizon - 1  # actions earn returns; the start state's is for the critic alone
+                given = returns[-last:], weight[:last]
+                loss, entropy = self.actor_loss(policy, agent.value, feat, action, *given, args)
             for module in (model, agent.value):
                 module.requires_grad_(True)
             loss.backward()
             metrics |= {"losses/actor": loss, "actor/entropy": entropy} | action_metrics(action[1:])
             metrics |= self.step("actor", loss)
             with autocast(args, self.device):
-                loss = self.critic_loss(agent.value, feat[1:-1], returns, weight)
+                loss = self.critic_loss(agent.value, feat[-1 - len(returns) : -1], returns, weight)
             loss.backward()
             metrics |= {"losses/value": loss, "imagined/return": returns.mean()} | self.step("value", loss)
         if self.second_stream is not None:

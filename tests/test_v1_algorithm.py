@@ -308,10 +308,12 @@ def test_all_three_losses_are_of_the_weights_before_the_update():
 
 
 @pytest.mark.parametrize("pred_discount", [False, True])
-def test_returns_and_weights_follow_from_imagined_rewards_values_and_discounts(pred_discount, monkeypatch):
+@pytest.mark.parametrize("actor_grad", ["dynamics", "reinforce", "both"])
+def test_returns_and_weights_follow_from_imagined_rewards_values_and_discounts(actor_grad, pred_discount, monkeypatch):
     """Weights are cumprod([1, discount, discount, ...]), cut from the graph, and with a discount head 0 from a terminal
-    state; the start state has no return."""
-    agent, batch = make_agent(pred_discount=pred_discount, **STILL), make_batch()
+    state; the start state has a return, for the critic, only with `reinforce`."""
+    agent, batch = make_agent(pred_discount=pred_discount, actor_grad=actor_grad, **STILL), make_batch()
+    first = 0 if actor_grad == "reinforce" else 1
     imagined, actor_loss, critic_loss = (watch(v1, monkeypatch, f) for f in ("imagine", "actor_loss", "critic_loss"))
     make_learner(agent, td_lambda=0.7, discount=0.9)(batch)
     feat = imagined[0][1][0]
@@ -320,20 +322,24 @@ def test_returns_and_weights_follow_from_imagined_rewards_values_and_discounts(p
     discount = model.discount(feat)[..., 0].sigmoid() if pred_discount else torch.full((H + 1, rows), 0.9)
     alive = 1 - batch.is_terminal[:-1].flatten().float() if pred_discount else torch.ones(rows)
     returns, weights, weight = [value[H]], [], alive
-    for t in range(H - 1, 0, -1):
+    for t in range(H - 1, first - 1, -1):
         returns.insert(0, reward[t] + discount[t] * (0.3 * value[t + 1] + 0.7 * returns[0]))
-    for t in range(1, H):
+    for t in range(first, H):
         weights.append(weight)
         weight = weight * discount[t]
     returns, weights = torch.stack(returns[:-1]), torch.stack(weights)
-    for given_to in (actor_loss[0][0], critic_loss[0][0]):
-        check(given_to["returns"], returns, "returns")
-        check(given_to["weight"], weights, "weight")
-        assert not given_to["weight"].requires_grad
-    check(actor_loss[0][1][0], -(weights * returns).mean(), "actor loss")
-    likelihood = dist.Normal(value[1:H], 1).log_prob(returns)
+    to_actor, to_critic = actor_loss[0][0], critic_loss[0][0]
+    check(to_critic["returns"], returns, "the critic's returns")
+    check(to_critic["weight"], weights, "the critic's weights")
+    assert torch.equal(to_critic["feat"], feat[first:-1])
+    check(to_actor["returns"], returns[1 - first :], "the actor's returns: actions earn them")
+    check(to_actor["weight"], weights[: H - 1], "the actor's weights: of the state where the action was drawn")
+    assert not to_actor["weight"].requires_grad
+    if actor_grad == "dynamics":
+        check(actor_loss[0][1][0], -(weights * returns).mean(), "actor loss")
+    likelihood = dist.Normal(value[first:H], 1).log_prob(returns)
     check(critic_loss[0][1], -(weights * likelihood).mean(), "value loss")
-    if not pred_discount:
+    if not pred_discount and first:
         assert torch.equal(weights[:, 0], torch.tensor([1, 0.9, 0.9]).cumprod(0))
 
 
