@@ -1588,11 +1588,15 @@ class SturdyEnvs:
 def prefetch(pool: ThreadPoolExecutor, replay: Replay, rng: np.random.Generator, args: Args, count: int):
     """`count` batches; while one is used the pool's thread gathers the next. The order of draws is a plain loop's."""
     future = None
-    for remaining in reversed(range(count)):
-        batch = future.result() if future else replay.sample(rng, args.batch_size, args.train_seq_len)
-        if remaining:
-            future = pool.submit(replay.sample, rng, args.batch_size, args.train_seq_len)
-        yield batch
+    try:
+        for remaining in reversed(range(count)):
+            batch = future.result() if future else replay.sample(rng, args.batch_size, args.train_seq_len)
+            if remaining:
+                future = pool.submit(replay.sample, rng, args.batch_size, args.train_seq_len)
+            yield batch
+    finally:
+        if future:  # left early: the thread may be drawing with the random state that is saved next
+            future.exception()
 
 
 def open_run(args: Args, stack: contextlib.ExitStack) -> tuple[Path, dict | None]:
@@ -1824,7 +1828,6 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
                 saved_rows = replay.total
 
     if stop_signals:
-        pool.shutdown()  # the thread may be drawing a batch, with the random state that is saved
         save(last=True)
         print(f"\nstopped and saved at frame {counters.frames}; continue with --resume {run_dir}", file=sys.stderr)
 

@@ -5,6 +5,7 @@ import copy
 import functools
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -52,6 +53,23 @@ def test_a_few_images_are_encoded_as_many_are(script):
     many = encoder(images)
     for few in (1, 4):
         torch.testing.assert_close(encoder(images[:few]), many[:few])
+
+
+def test_a_prefetch_that_is_left_early_draws_no_more(script):
+    """Else the thread could draw with the random state while it is saved."""
+
+    class Slow:
+        drawn = 0
+
+        def sample(self, *_):
+            time.sleep(0.2)
+            self.drawn += 1
+
+    replay = Slow()
+    with ThreadPoolExecutor(1) as pool:
+        for _ in script.prefetch(pool, replay, None, small_args(script), 3):
+            break
+        assert replay.drawn == 2, "the batch that was used, and the one begun"
 
 
 def test_on_the_cpu_the_policy_acts_in_float32_whatever_the_precision(script):
