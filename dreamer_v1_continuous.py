@@ -963,7 +963,7 @@ def world_model_loss(model: "WorldModel", batch: Batch, args: Args) -> tuple[Ten
 def imagine(rssm: RSSM, actor: nn.Module, start: State, horizon: int):
     """Follows the actor from N start states with the prior (section 3).
 
-    Returns feat and action (H+1, N, ...) and the distributions of a_1 ... a_{H-1}; a_H is in no loss.
+    Returns feat and action (H+1, N, ...), and what a_1 ... a_{H-1} were drawn from, (H-1, N, ...); a_H is in no loss.
 
     feat      s_0      s_1      s_2  ...  s_H        s_0: a posterior state of the batch
     action     0  -a_1->    -a_2->   ...             a_t led to s_t: the actor drew it at s_{t-1}
@@ -1255,8 +1255,8 @@ class Learner:
                 if args.actor_grad == "reinforce":  # imagined without gradients
                     policy = self.actor(feat[:-2])
                 last = args.imagine_horizon - 1  # actions earn returns; the start state's is for the critic alone
-                given = returns[-last:], weight[:last]
-                loss, entropy = self.actor_loss(policy, agent.value, feat, action, *given, args)
+                returned, weighed = returns[-last:], weight[:last]  # (H-1, N)
+                loss, entropy = self.actor_loss(policy, agent.value, feat, action, returned, weighed, args)
             for module in (model, agent.value):
                 module.requires_grad_(True)
             loss.backward()

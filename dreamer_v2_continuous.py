@@ -1113,7 +1113,7 @@ def world_model_loss(model: "WorldModel", batch: Batch, args: Args) -> tuple[Ten
 def imagine(rssm: RSSM, actor: nn.Module, start: State, horizon: int):
     """Follows the actor from N start states with the prior (section 2.2).
 
-    Returns feat and action (H+1, N, ...) and the distributions of a_1 ... a_{H-1}; a_H is in no loss.
+    Returns feat and action (H+1, N, ...), and what a_1 ... a_{H-1} were drawn from, (H-1, N, ...); a_H is in no loss.
 
     feat      s_0      s_1      s_2  ...  s_H        s_0: a posterior state of the batch
     action     0  -a_1->    -a_2->   ...             a_t led to s_t: the actor drew it at s_{t-1}

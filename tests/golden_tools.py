@@ -143,6 +143,26 @@ def watch(script, monkeypatch, name: str) -> list[tuple[dict, object]]:
     return calls
 
 
+def check_policy(script, monkeypatch, agent: nn.Module) -> list[bool]:
+    """From now on `actor_loss` must get the actor's distributions at all imagined states but the last two, with the
+    gradients of the actor's weights. Returns a list that grows with each call."""
+    imagined, loss, calls = watch(script, monkeypatch, "imagine"), script.actor_loss, []
+
+    def watched(policy, *others):
+        expected, weights = agent.actor(imagined[-1][1][0][:-2].detach()), list(agent.actor.parameters())
+        cotangents = [noise(*field.shape) for field in expected]
+        gradients = torch.autograd.grad(policy, weights, cotangents, retain_graph=True)
+        for field, other in zip(policy, expected, strict=True):
+            check(field, other)
+        for gradient, other in zip(gradients, torch.autograd.grad(expected, weights, cotangents), strict=True):
+            check_gradient(gradient, other)
+        calls.append(True)
+        return loss(policy, *others)
+
+    monkeypatch.setattr(script, "actor_loss", watched)
+    return calls
+
+
 class Record(TorchDispatchMode):
     """The operations that run, with the shapes of their tensors."""
 

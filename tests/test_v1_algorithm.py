@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from golden_tools import Draws, Record, check, check_gradient, noise, watch
+from golden_tools import Draws, Record, check, check_gradient, check_policy, noise, watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributions as dist
@@ -389,22 +389,9 @@ def test_the_actor_loss_is_the_returns_or_their_score_function_and_the_entropy_b
 def test_the_actors_loss_gets_the_distributions_that_imagined_actions_came_from(actor_grad, monkeypatch):
     """Those at all states but the last two, with the gradients of the actor's weights."""
     agent = make_agent(actor_grad=actor_grad)
-    imagined, loss, called = watch(v1, monkeypatch, "imagine"), v1.actor_loss, []
-
-    def watched(policy, *others):
-        expected, weights = agent.actor(imagined[0][1][0][:-2].detach()), list(agent.actor.parameters())
-        cotangents = [noise(*field.shape) for field in expected]
-        gradients = torch.autograd.grad(policy, weights, cotangents, retain_graph=True)
-        for field, other in zip(policy, expected, strict=True):
-            check(field, other)
-        for gradient, other in zip(gradients, torch.autograd.grad(expected, weights, cotangents), strict=True):
-            check_gradient(gradient, other)
-        called.append(True)
-        return loss(policy, *others)
-
-    monkeypatch.setattr(v1, "actor_loss", watched)
+    calls = check_policy(v1, monkeypatch, agent)
     make_learner(agent).update(make_batch())
-    assert called
+    assert calls
 
 
 def test_under_reinforce_the_imagined_returns_carry_no_graph(monkeypatch):

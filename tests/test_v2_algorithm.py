@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_tools import Draws, Record, check, check_gradient, mode, noise, watch
+from golden_tools import Draws, Record, check, check_gradient, check_policy, mode, noise, watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributions as dist
@@ -647,22 +647,9 @@ def test_the_actors_loss_gets_the_distributions_that_imagined_actions_came_from(
     """Those at all states but the last two, with the gradients of the actor's weights."""
     v2, flags = kind
     agent = make_agent(v2, actor_grad=actor_grad, **flags)
-    imagined, loss, called = watch(v2, monkeypatch, "imagine"), v2.actor_loss, []
-
-    def watched(policy, *others):
-        expected, weights = agent.actor(imagined[0][1][0][:-2].detach()), list(agent.actor.parameters())
-        cotangents = [noise(*field.shape) for field in expected]
-        gradients = torch.autograd.grad(policy, weights, cotangents, retain_graph=True)
-        for field, other in zip(policy, expected, strict=True):
-            check(field, other)
-        for gradient, other in zip(gradients, torch.autograd.grad(expected, weights, cotangents), strict=True):
-            check_gradient(gradient, other)
-        called.append(True)
-        return loss(policy, *others)
-
-    monkeypatch.setattr(v2, "actor_loss", watched)
+    calls = check_policy(v2, monkeypatch, agent)
     make_learner(agent).update(make_batch(v2))
-    assert called
+    assert calls
 
 
 @pytest.mark.parametrize("actor_grad", ["dynamics", "reinforce", "both"])
