@@ -11,7 +11,8 @@ Timed on both sides: drawing a batch of random data from a memory-mapped replay,
 and critic. Ours is `Replay.sample` and `Learner`, after `tune_cpu` as in every run. Theirs is what the loops of
 sheeprl/algos/dreamer_v1 and dreamer_v2 do: `sample_batches`, conversion to float included, and `train` with its default
 metrics, on agents of `build_agent`, composed by Hydra from its own experiments with our sizes (and, for Atari, a replay
-of plain sequences). Its `algo.compile` stays off, as it is by default; both sides get all threads (its default is one).
+of plain sequences); both sides get all threads (its default is one). By default neither side compiles; with `--compile`
+each also enters compiled, ours by `--compile-cpu`, theirs by `algo.compile.enabled`.
 A step of the policy goes from one uint8 image to an action in NumPy; theirs is `prepare_obs` and `get_actions`.
 """
 
@@ -102,6 +103,7 @@ def overrides(spec):
         "algo.world_model.discount_model.mlp_layers": args["discount_layers"],
         "algo.world_model.use_continues": args["pred_discount"],
         "fabric.precision": spec["precision"],
+        "algo.compile.enabled": spec["compile"],
         "env.num_envs": 1,
         "buffer.size": args["batch_size"] * args["train_seq_len"],
     }
@@ -184,7 +186,8 @@ class Worker:
     """A contestant's process."""
 
     def __init__(self, python, spec):
-        self.side, self.name = spec["side"], f"{spec['side']} {spec['precision']}"
+        self.side = spec["side"]
+        self.name = f"{spec['side']} {spec['precision']}" + " compiled" * spec["compile"]
         self.log, self.turns = Path(spec["folder"], "stderr"), []
         env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
         env |= {"OMP_NUM_THREADS": str(spec["threads"]), "CUDA_VISIBLE_DEVICES": ""}
@@ -237,9 +240,11 @@ def race(case, options, python, folder):
     workers = []
     try:
         for side, precisions in (("ours", options.precision), ("sheeprl", options.sheeprl)):
-            for precision in precisions:
-                values = dataclasses.asdict(args) | ({"precision": precision} if side == "ours" else {})
-                spec = {"side": side, "precision": precision, "args": values, **shared}
+            for precision, compile_ in itertools.product(precisions, (False, True) if options.compile else (False,)):
+                values = dataclasses.asdict(args)
+                if side == "ours":
+                    values |= {"precision": precision, "compile_cpu": compile_}
+                spec = {"side": side, "precision": precision, "compile": compile_, "args": values, **shared}
                 spec["folder"] = tempfile.mkdtemp(dir=folder)
                 workers.append(Worker(python if side == "sheeprl" else sys.executable, spec))
                 workers[-1].facts = workers[-1].read()
@@ -264,7 +269,7 @@ def race(case, options, python, folder):
         facts = {"total": total, "sample": sample, "policy": policy, "turns": worker.turns}
         row["contestants"][worker.name] = worker.facts | facts
         span = f"{total['min']:.3f} to {total['max']:.3f}"
-        print(f"  {worker.name:<27}{total['median']:8.3f} s ({span}; sampling {sample['median']:.3f})", end=", ")
+        print(f"  {worker.name:<29}{total['median']:8.3f} s ({span}; sampling {sample['median']:.3f})", end=", ")
         span = f"{policy['min'] * 1000:.2f} to {policy['max'] * 1000:.2f}"
         print(f"policy step {policy['median'] * 1000:.2f} ms ({span})")
     for one, other in itertools.product(mine, theirs):
@@ -284,6 +289,7 @@ def main(argv):
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--precision", nargs="+", default=OURS, choices=OURS, help="ours")
     parser.add_argument("--sheeprl", nargs="+", default=THEIRS, choices=THEIRS, help="its precision")
+    parser.add_argument("--compile", action="store_true", help="both sides also compiled; takes minutes to start")
     parser.add_argument("--rounds", type=above_0, default=5, help="updates of each contestant after the warm-up")
     parser.add_argument("--threads", type=above_0, default=torch.get_num_threads(), help="default: all cores")
     parser.add_argument("--batch-size", type=above_0, help="for a try: fewer sequences than the reference")

@@ -169,7 +169,7 @@ def main():
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS)
-    parser.add_argument("--modes", nargs="+", default=["graph+compile"], choices=MODES, help="on CUDA")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="default: graph+compile; on the CPU: eager")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--loop-frames", type=int, default=1000)
     parser.add_argument("--num-envs", type=int, default=1)
@@ -177,6 +177,9 @@ def main():
     options = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    modes = options.modes or (["graph+compile"] if device.type == "cuda" else ["eager"])
+    if device.type == "cpu" and any("graph" in mode for mode in modes):
+        parser.error("--modes: there are no graphs without CUDA: eager or compile")
     rows = []
     for case in options.cases:
         name, env_id, sizes = CASES[case]
@@ -184,10 +187,9 @@ def main():
         script.tune_cpu()
         channels = 1 if case == "V2-Atari" else 3
         for precision in options.precision:
-            for mode in options.modes if device.type == "cuda" else ["eager"]:
-                args = script.Args(
-                    env_id=env_id, precision=precision, compile="compile" in mode, cuda_graph="graph" in mode, **sizes
-                )
+            for mode in modes:
+                compiled = {"compile" if device.type == "cuda" else "compile_cpu": "compile" in mode}
+                args = script.Args(env_id=env_id, precision=precision, cuda_graph="graph" in mode, **compiled, **sizes)
                 args = dataclasses.replace(args, num_envs=options.num_envs)
                 row = {"case": case, "precision": precision, "mode": mode}
                 if "update" in options.parts:

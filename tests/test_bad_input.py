@@ -589,18 +589,20 @@ COMMANDS = {
     "no run folder": (None, ["--resume", "runs/nothing"], "runs/nothing is not a run folder"),
     "broken YAML": (break_yaml, ["--config", "recipe.yaml"], "recipe.yaml"),
     "runs is a file": (block_runs, None, "run folder"),
+    "no C++ compiler": (None, ["--compile-cpu", "--no-cuda"], "install g++"),
 }
 
 
 @pytest.fixture(scope="module")
 def outcomes(script, tmp_path_factory):
     """All commands at once: exit code, stdout, stderr, and the folder before and after."""
-    running = {}
+    running, env = {}, {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     for name, (prepare, flags, _) in COMMANDS.items():
         folder = tmp_path_factory.mktemp("cwd")
         if prepare:
             prepare(folder)
-        running[name] = folder, contents(folder), start(script, folder, small(script) if flags is None else flags)
+        flags = small(script) if flags is None else flags
+        running[name] = folder, contents(folder), start(script, folder, flags, env=env)
     outcomes = {}
     for name, (folder, before, process) in running.items():
         output, errors = process.communicate(timeout=100)

@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.running import (
     SCRIPTS,
+    SMALL,
     as_flags,
     contents,
     env_id,
@@ -452,6 +453,21 @@ def test_a_signal_saves_and_ends_within_ten_seconds(script, number, changes, who
     frames = script.load_checkpoint(run_dir)["counters"]["frames"]
     advice = [line for line in errors.splitlines() if f"--resume {run_dir.relative_to(tmp_path)}" in line]
     assert len(advice) == 1 and f"saved at frame {frames}" in advice[0]
+
+
+def test_ctrl_c_that_ends_a_compiler_saves_too(script, tmp_path, monkeypatch):
+    """Ctrl-C in a terminal reaches the compilers which torch.compile has started, so that the update fails."""
+
+    def update(*_):
+        signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("g++ was interrupted")
+
+    monkeypatch.setattr(script.Learner, "update", update)
+    run_dir = train(script, tmp_path, small(script))
+    assert SMALL["seed_steps"] <= script.load_checkpoint(run_dir)["counters"]["frames"] < SMALL["total_steps"]
+    monkeypatch.undo()
+    train(script, tmp_path, ["--resume", str(run_dir)])
+    assert script.load_checkpoint(run_dir)["counters"]["frames"] == SMALL["total_steps"]
 
 
 # AFTERWARDS

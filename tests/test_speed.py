@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import functools
+import os
 import re
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -97,6 +99,23 @@ def test_what_is_compiled_has_no_graph_break_and_is_never_compiled_again(script)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(3):
             learner(make_batch(script, learner.args, seed))
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+def test_on_the_cpu_the_compiled_update_gives_the_numbers_of_the_eager_one(script):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    learners = [make_learner(script, compile_cpu=on, imagine_horizon=2, train_seq_len=2) for on in (False, True)]
+    metrics = []
+    for learner in learners:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0, "so far nothing is compiled"
+        for seed in range(2):
+            torch.manual_seed(seed)
+            with torch._inductor.config.patch(fallback_random=True):  # the draws of eager code
+                metrics.append(learner(make_batch(script, learner.args, seed)))
+    torch.testing.assert_close(metrics[:2], metrics[2:], rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 3
     torch._dynamo.reset()
 
 
