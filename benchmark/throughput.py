@@ -119,7 +119,7 @@ def time_update(script, args, channels, device, repeats):
 
 
 def time_policy(script, args, channels, device):
-    agent = script.Dreamer(args, channels, ACTIONS).to(device)
+    agent = script.Learner(script.Dreamer(args, channels, ACTIONS).to(device), args, device).acting
     result = {}
     for n in (1, 4, 16):
         image = np.random.default_rng(0).integers(0, 256, (n, channels, 64, 64), np.uint8)

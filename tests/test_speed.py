@@ -103,18 +103,20 @@ def test_what_is_compiled_has_no_graph_break_and_is_never_compiled_again(script)
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
-def test_on_the_cpu_the_compiled_update_gives_the_numbers_of_the_eager_one(script):
+def test_on_the_cpu_what_is_compiled_gives_the_numbers_of_eager_code(script):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     learners = [make_learner(script, compile_cpu=on, imagine_horizon=2, train_seq_len=2) for on in (False, True)]
-    metrics = []
+    metrics, acted = [], []
     for learner in learners:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0, "so far nothing is compiled"
         for seed in range(2):
             torch.manual_seed(seed)
             with torch._inductor.config.patch(fallback_random=True):  # the draws of eager code
                 metrics.append(learner(make_batch(script, learner.args, seed)))
-    torch.testing.assert_close(metrics[:2], metrics[2:], rtol=1e-4, atol=1e-5)
+                image = np.random.default_rng(seed).integers(0, 256, (1, 3, 64, 64), np.uint8)
+                acted.append(learner.agent.policy(image, learner.agent.initial_state(1), np.ones(1, bool)))
+    torch.testing.assert_close([metrics[:2], acted[:2]], [metrics[2:], acted[2:]], rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 3
     torch._dynamo.reset()
 
