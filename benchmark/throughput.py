@@ -3,6 +3,7 @@
     python benchmark/throughput.py                                  # everything, on the CPU or the GPU that is there
     python benchmark/throughput.py --parts update --precision bfloat16
     python benchmark/throughput.py --parts update --modes eager compile graph graph+compile     # on CUDA
+    python benchmark/throughput.py --parts update policy --modes eager compile                  # on the CPU
 
 Updates run on random uint8 data in a real replay, sampling included; environments and loops are real.
 """
