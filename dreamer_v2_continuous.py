@@ -45,6 +45,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -1757,6 +1758,12 @@ def prefetch(pool: ThreadPoolExecutor, replay: Replay, rng: np.random.Generator,
             future.exception()
 
 
+def discard_refused(run_dir: Path) -> None:
+    """Removes the folder of a new run whose set-up failed: bad input leaves nothing behind."""
+    if not (run_dir / "config.yaml").exists():  # the last thing of the set-up
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
 def open_run(args: Args, stack: contextlib.ExitStack) -> tuple[Path, dict | None]:
     """The run folder, locked until `stack` closes: a new one, or the one to resume with its checkpoint."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -1764,6 +1771,7 @@ def open_run(args: Args, stack: contextlib.ExitStack) -> tuple[Path, dict | None
     try:
         if not args.resume:
             run_dir.mkdir(parents=True)
+            stack.callback(discard_refused, run_dir)
         folder = os.open(run_dir, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"cannot open the run folder {run_dir}: {error.strerror}") from None
@@ -1826,11 +1834,11 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
     if not (learner.updates or counters.updates_due):  # the first training phase comes when the seed frames are over
         counters.last_train = args.seed_steps - args.collect_steps
-    write_config(run_dir, args)
     if args.cuda and device.type == "cpu":
         print("no CUDA device: training on the CPU", file=sys.stderr)
     logger = Logger(run_dir, args, counters.frames, checkpoint["metrics_size"] if checkpoint else 0)
     stack.callback(logger.close)
+    write_config(run_dir, args)
 
     def save(last: bool = False) -> bool:
         learner.wait()

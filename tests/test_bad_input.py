@@ -377,6 +377,7 @@ def test_names_of_runs_lead_nowhere_else(script, name, tmp_path):
 def test_what_the_disk_cannot_hold_is_refused(script, flag, fragment, tmp_path):
     with pytest.raises(script.UserError, match=fragment):
         train(script, tmp_path, [*small(script), flag.replace("10**15", str(10**15))])
+    assert not list(tmp_path.glob("runs/*"))
 
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if "continuous" in name], indirect=True)

@@ -156,6 +156,7 @@ def test_track_without_a_login_is_one_line(script, tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", failing_once(wandb.init, wandb.errors.UsageError("no API key configured")))
     with pytest.raises(script.UserError, match="--track.*no API key configured.*wandb login"):
         train(script, tmp_path, small(script, track=True))
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_tensorboard_shows_the_same_scalars(finished):
