@@ -1701,7 +1701,8 @@ def prefetch(pool: ThreadPoolExecutor, replay: Replay, rng: np.random.Generator,
 
 def discard_refused(run_dir: Path) -> None:
     """Removes the folder of a new run whose set-up failed: bad input leaves nothing behind."""
-    if not (run_dir / "config.yaml").exists():  # the last thing of the set-up
+    # The set-up ends with config.yaml; a run that has saved is kept whatever became of that file.
+    if not any((run_dir / name).exists() for name in ("config.yaml", "checkpoint.pt")):
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
