@@ -11,8 +11,6 @@ seen_objects.py prints, for both. 6,000 updates take 25 minutes, with a core for
 
 import argparse
 import csv
-import importlib
-import importlib.util
 import json
 import math
 import os
@@ -23,9 +21,9 @@ import types
 from pathlib import Path
 
 import numpy as np
+import official_code
 from run import InputError, Parser, replacing
 
-HERE = Path(__file__).resolve().parent
 EVERY = 200
 CONSTANT = 0.5 * math.log(2 * math.pi) * 64 * 64
 
@@ -58,27 +56,9 @@ def train_official(folder, spec):
     """In the other environment, where there is no torch."""
     import tensorflow as tf
 
-    for setting in (
-        tf.config.threading.set_intra_op_parallelism_threads,
-        tf.config.threading.set_inter_op_parallelism_threads,
-    ):
-        setting(1)
-    precision = importlib.import_module("tensorflow.keras.mixed_precision")
-    precision.experimental = sys.modules["tensorflow.keras.mixed_precision.experimental"] = precision  # its name then
-    (package,) = importlib.util.find_spec("dreamerv2").submodule_search_locations
-    sys.path.insert(0, package)
-    common = sys.modules["common"] = types.ModuleType("common")  # without the parts that need environments
-    common.__path__ = [str(Path(package, "common"))]
-    for part in ("config", "tfutils", "other", "dists", "nets"):
-        names = vars(importlib.import_module(f"common.{part}"))
-        vars(common).update({name: value for name, value in names.items() if not name.startswith("_")})
-    from agent import WorldModel
-    from ruamel.yaml import YAML
-
-    configs = YAML(typ="safe").load(Path(package, "configs.yaml").read_text())
-    config = common.Config(configs["defaults"]).update(configs["atari"]).update(spec["official"])
+    _, agent, config = official_code.load("atari", spec["official"], threads=1)
     image = types.SimpleNamespace(shape=(64, 64, 1))
-    model = WorldModel(config, {"image": image}, tf.Variable(0, dtype=tf.int64))
+    model = agent.WorldModel(config, {"image": image}, tf.Variable(0, dtype=tf.int64))
 
     def batch_major(batch):
         batch = {key: np.ascontiguousarray(value.swapaxes(0, 1)) for key, value in batch.items()}
@@ -131,35 +111,18 @@ def train_ours(dreamer, learner, folder, spec):
             report(folder, "ours", update, recent[-100:], post.logit[4:].flatten(0, 1).numpy(), decoded.numpy())
 
 
-def official_python(folder):
-    """The python of the virtual environment of the official code, which is made unless it is there."""
-    python, pip = folder / "bin" / "python", [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
-    if not python.exists():
-        if not (3, 9) <= sys.version_info < (3, 12):
-            raise InputError("TensorFlow 2.15 needs Python 3.9 to 3.11")
-        print(f"installing the official code into {folder}", file=sys.stderr)
-        for command in (
-            [sys.executable, "-m", "venv", folder],
-            [*pip, "-r", HERE / "requirements-official.txt"],
-            [*pip, "--no-deps", "dreamerv2==2.2.0"],
-        ):
-            if subprocess.run(command, stdout=sys.stderr).returncode:
-                raise InputError(f"this command failed: {' '.join(map(str, command))}; remove {folder} and try again")
-    return python
-
-
 def main(argv):
     if argv[:1] == ["--worker"]:
         return train_official(Path(argv[1]), json.loads(argv[2]))
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--venv", type=Path, default=HERE.parent / ".venv-official")
+    parser.add_argument("--venv", type=Path, default=official_code.VENV)
     parser.add_argument("--out", type=Path, help="CSV file")
     options = parser.parse_args(argv)
     if options.updates < EVERY:
         parser.error(f"--updates {options.updates}: at least {EVERY}, at which the first figures are taken")
-    python = official_python(options.venv)
+    python = official_code.official_python(options.venv)
 
     import torch
     from seen_objects import CPU, SIZES, dreamer, play, shares

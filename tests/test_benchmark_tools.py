@@ -736,6 +736,8 @@ def test_objects_of_pong_are_told_apart(tmp_path):
     [
         (["throughput.py", "--parts", "nonsense"], ["--parts", "nonsense"]),
         (["throughput.py", "--modes", "fast"], ["--modes", "fast"]),
+        (["compare.py", "--rounds", "0"], ["--rounds", "'0'"]),
+        (["compare.py", "--cases", "V3"], ["--cases", "'V3'"]),
         (["kill_storm.py", "--script", "nope.py"], ["--script", "nope.py"]),
         (["gifs.py", "nope.py", "."], ["script", "nope.py"]),
         (["gifs.py", "dreamer_v2_atari.py", "nope"], ["nope"]),
