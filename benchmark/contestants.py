@@ -144,7 +144,8 @@ def official(spec):
     sizes = {"dataset": {"batch": batch, "length": length}, "replay": {"minlen": length, "maxlen": length}}
     sizes |= {"rssm.hidden": args["deter_size"], "rssm.deter": args["deter_size"]}
     recipe = "atari" if spec["discrete"] else "dmc_vision"
-    common, agent, config = official_code.load(recipe, sizes, spec["threads"])
+    common, agent = official_code.load(spec["threads"])
+    config = official_code.settings(common, recipe, sizes)
 
     rng, n = np.random.default_rng(0), batch * length
     replay = common.Replay(Path(spec["folder"]), **config.replay)

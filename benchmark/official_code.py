@@ -30,8 +30,8 @@ def official_python(folder):
     return python
 
 
-def load(recipe, sizes, threads):
-    """Called in that environment: its modules `common` and `agent`, and its settings `recipe` with our `sizes`."""
+def load(threads):
+    """Called in that environment: its modules `common` and `agent`."""
     import numpy as np
     import tensorflow as tf
 
@@ -47,8 +47,12 @@ def load(recipe, sizes, threads):
     for part in ("config", "tfutils", "other", "dists", "nets", "replay"):
         names = vars(importlib.import_module(f"common.{part}"))
         vars(common).update({name: value for name, value in names.items() if not name.startswith("_")})
-    agent = importlib.import_module("agent")
+    return common, importlib.import_module("agent")
+
+
+def settings(common, recipe, changes):
+    """Its settings: the defaults, those of `recipe`, and `changes`."""
     from ruamel.yaml import YAML
 
-    configs = YAML(typ="safe").load(Path(package, "configs.yaml").read_text())
-    return common, agent, common.Config(configs["defaults"]).update(configs[recipe]).update(sizes)
+    configs = YAML(typ="safe").load(Path(common.__path__[0]).with_name("configs.yaml").read_text())
+    return common.Config(configs["defaults"]).update(configs[recipe]).update(changes)

@@ -56,7 +56,8 @@ def train_official(folder, spec):
     """In the other environment, where there is no torch."""
     import tensorflow as tf
 
-    _, agent, config = official_code.load("atari", spec["official"], threads=1)
+    common, agent = official_code.load(threads=1)
+    config = official_code.settings(common, "atari", spec["official"])
     image = types.SimpleNamespace(shape=(64, 64, 1))
     model = agent.WorldModel(config, {"image": image}, tf.Variable(0, dtype=tf.int64))
 

@@ -742,6 +742,7 @@ def test_objects_of_pong_are_told_apart(tmp_path):
         (["gifs.py", "nope.py", "."], ["script", "nope.py"]),
         (["gifs.py", "dreamer_v2_atari.py", "nope"], ["nope"]),
         (["official_world_model.py", "--updates", "0"], ["--updates 0"]),
+        (["official_vectors.py"], ["--out"]),
         (["long_run.py", "--pid", "1", "--run-dir", "nope", "--out", "x.csv"], ["--run-dir nope"]),
     ],
 )

@@ -474,7 +474,59 @@ def test_slow_critic_is_copied_at_the_first_update_and_at_every_hundredth_after_
     assert torch.equal(slow[:, 0], (torch.arange(250) // 100 * 100).float())
 
 
-# BEHAVIOUR: N = 6 start states, horizon H = 5
+# WORLD MODEL
+
+WORLD_MODELS = {
+    "atari": (atari, {"kl_loss_coeff": 0.1, "free_nats": 0.0, "discount_scale": 5.0}),
+    "dmc": (continuous, {"kl_loss_coeff": 1.0, "free_nats": 1.0, "pred_discount": False}),
+    "dmc_discount": (continuous, {"kl_loss_coeff": 1.0, "free_nats": 1.0, "discount_scale": 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", WORLD_MODELS)
+def test_world_model_has_the_official_loss_and_gradients(name, monkeypatch):
+    """On a whole batch: 3 sequences of 5, with resets and terminal states in the middle, and recorded latents."""
+    v2, flags = WORLD_MODELS[name]
+    a = load(f"v2_world_model_{name}")
+    args = paper_args(v2, cnn_depth=2, discount=0.99, **flags)
+    model = v2.WorldModel(args, a["in/image"].shape[-1], action_size=4)
+    layers = {"encoder": ("encoder", ENCODER), "rssm": ("rssm", RSSM), "decoder": ("heads.decoder", DECODER)}
+    layers |= {head: (f"heads.{head}", mlp(2)) for head in ("reward", "discount")}
+    if not args.pred_discount:
+        del layers["discount"]
+
+    def ours(kind: str) -> dict:
+        """Recorded weights or gradients by the names of our parameters."""
+        return {
+            f"{part}.{name}": value
+            for part, (prefix, names) in layers.items()
+            for name, value in parameters(a, f"{kind}/{prefix}", names).items()
+        }
+
+    model.load_state_dict(ours("w"))
+    image = time_major(a["in/image"]).movedim(-1, 2)
+    fields = (time_major(a[f"in/{field}"]) for field in v2.Batch._fields[1:])
+    latents = Categories(time_major(a["in/post_index"]))
+    monkeypatch.setattr(v2, "sample_onehot", latents)
+    watched = watch(v2, monkeypatch, "observe")
+    loss, post, metrics = v2.world_model_loss(model, v2.Batch(image, *fields), args)
+    assert not latents.indices, "not all recorded draws were asked for"
+    check(post.logit, time_major(a["out/post/logit"]), "posterior")
+    check(watched[0][1][1], time_major(a["out/prior/logit"]), "prior")
+    check(loss, a["out/model_loss"], "loss")
+    names = {"image": "image_loss", "reward": "reward_loss", "discount": "discount_loss", "kl": "model_kl"}
+    for ours_, official in names.items():
+        if official in {key.removeprefix("out/") for key in a}:
+            check(metrics[f"losses/{ours_}"], a[f"out/{official}"], official)
+    check(metrics["latents/prior_entropy"], a["out/prior_ent"], "entropy of the prior")
+    check(metrics["latents/post_entropy"], a["out/post_ent"], "entropy of the posterior")
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    check_gradients(model, gradients, ours("grad"))
+
+
+# BEHAVIOUR: horizon H = 5
+
+GRADIENTS = ("dynamics", "reinforce", "both")
 
 
 class RawActions:
@@ -489,42 +541,59 @@ class RawActions:
         return mean + std * ((draw - mean) / std).detach()
 
 
-def test_an_update_has_the_official_imagination_targets_losses_and_gradients(monkeypatch):
+BEHAVIOURS = ["v2_imagine_trunc_normal_dynamics_disc"]
+BEHAVIOURS += [f"v2_behaviour_{dist}_{grad}" for dist in ("onehot", "trunc_normal") for grad in GRADIENTS]
+
+
+@pytest.mark.parametrize("name", BEHAVIOURS)
+def test_an_update_has_the_official_imagination_targets_losses_and_gradients(name, monkeypatch):
     """`Learner` as training calls it: recorded posterior states instead of a batch's, then everything that follows."""
-    a, v2 = load("v2_imagine_trunc_normal_dynamics_disc"), continuous
+    a = load(name)
+    v2 = atari if "onehot" in name else continuous
     flags = {"imagine_horizon": 5, "discount": 0.99, "td_lambda": 0.95, "actor_entropy": 0.03, "grad_clip": 1e9}
-    args = paper_args(v2, actor_dist="trunc_normal", actor_grad="dynamics", weight_decay=0.0, **flags)
+    flags |= {"actor_dist": "trunc_normal"} if v2 is continuous else {}
+    flags["actor_grad"] = next(grad for grad in GRADIENTS if grad in name)
+    args = paper_args(v2, pred_discount="w/heads.discount/dense0/kernel" in a, weight_decay=0.0, **flags)
     agent = v2.Dreamer(args, channels=1, action_size=4)
-    agent.world_model.rssm = v2.RSSM(
-        args, 12, 4, agent.world_model.encoder.embed_size
-    )  # as recorded: hidden is not deter
-    weights = {"world_model.rssm": ("w/rssm", PRIOR), "actor": ("w/actor", TRUNC_NORMAL), "value": ("w/critic", mlp(2))}
-    weights |= {f"world_model.{name}": (f"w/heads.{name}", mlp(2)) for name in ("reward", "discount")}
+    hidden = a["w/rssm/img_in/bias"].numel()  # in one file it is not deter
+    agent.world_model.rssm = v2.RSSM(args, hidden, 4, agent.world_model.encoder.embed_size)
+    actor = TRUNC_NORMAL if v2 is continuous else mlp(2)
+    weights = {"world_model.rssm": ("w/rssm", PRIOR), "actor": ("w/actor", actor), "value": ("w/critic", mlp(2))}
+    weights |= {f"world_model.{head}": (f"w/heads.{head}", mlp(2)) for head in ("reward", "discount")}
     weights["slow_value"] = ("w/target_critic", mlp(2))
+    if not args.pred_discount:
+        del weights["world_model.discount"]
     for part, (prefix, layers) in weights.items():
         missing, unexpected = agent.get_submodule(part).load_state_dict(parameters(a, prefix, layers), strict=False)
         assert not unexpected and all(name.startswith("post_") for name in missing)
 
     def imagined(key: str) -> torch.Tensor:
         """A recorded (H, B * T, ...) array in our order of start states: (H, T * B, ...)."""
-        return a[key].unflatten(1, (2, 3)).transpose(1, 2).flatten(1, 2)
+        return a[key].unflatten(1, a["in/is_terminal"].shape).transpose(1, 2).flatten(1, 2)
 
     start, is_terminal = recorded_state(v2, a, "in/start", swap=True), time_major(a["in/is_terminal"])  # (T, B, ...)
     assert is_terminal.any() and not is_terminal.all()
     no_loss = sum(parameter.sum() * 0 for parameter in agent.world_model.parameters())
     monkeypatch.setattr(v2, "world_model_loss", lambda *_: (no_loss, start, {}))
-    latents, actions = Categories(imagined("in/stoch_index")), RawActions(imagined("in/action_raw"))
-    monkeypatch.setattr(v2, "sample_onehot", latents)
-    monkeypatch.setattr(v2, "sample_trunc_normal", actions)
+    draws = list(imagined("in/stoch_index"))
+    if v2 is continuous:
+        actions = RawActions(imagined("in/action_raw"))
+        monkeypatch.setattr(v2, "sample_trunc_normal", actions)
+    else:  # one function draws both, in turns
+        draws = [draw for pair in zip(imagined("in/action_index"), draws, strict=True) for draw in pair]
+    onehots = Categories(draws)
+    monkeypatch.setattr(v2, "sample_onehot", onehots)
     names = ("imagine", "lambda_return", "actor_loss", "critic_loss")
-    imagine, lambda_return, actor_loss, critic_loss = (watch(continuous, monkeypatch, name) for name in names)
+    imagine, lambda_return, actor_loss, critic_loss = (watch(v2, monkeypatch, name) for name in names)
     metrics = v2.Learner(agent, args, torch.device("cpu"))(v2.Batch(None, None, None, None, is_terminal))
-    assert not latents.indices and not actions.draws, "not all recorded draws were asked for"
+    assert not onehots.indices, "not all recorded draws were asked for"
+    assert v2 is atari or not actions.draws
 
     feat, action, _ = imagine[0][1]
     check(feat, imagined("out/seq/feat"), "feat")
     check(action, imagined("out/seq/action"), "action")
-    check(torch.stack(latents.logits), imagined("out/seq/logit")[1:], "logit")
+    logits = [logit for logit in onehots.logits if logit.ndim == 3]
+    check(torch.stack(logits), imagined("out/seq/logit")[1:], "logit")
     check(agent.world_model.reward.mean(feat), imagined("out/seq/reward"), "reward")
     given, target = lambda_return[0]
     check(given["reward"], imagined("out/seq/reward")[:-1], "reward of the returns")
@@ -540,7 +609,7 @@ def test_an_update_has_the_official_imagination_targets_losses_and_gradients(mon
     check(metrics["actor/entropy"], a["out/metrics/actor_ent"], "entropy")
     check(metrics["losses/actor"], a["out/actor_loss"], "actor loss")
     check(metrics["losses/value"], a["out/critic_loss"], "critic loss")
-    for module, name, layers in ((agent.actor, "actor", TRUNC_NORMAL), (agent.value, "critic", mlp(2))):
+    for module, name, layers in ((agent.actor, "actor", actor), (agent.value, "critic", mlp(2))):
         check_gradients(module, [p.grad for p in module.parameters()], parameters(a, f"grad/{name}", layers))
     world_model_gradients = [p.grad for p in agent.world_model.parameters() if p.grad is not None]
     assert not any(gradient.any() for gradient in world_model_gradients)
