@@ -34,7 +34,9 @@ def load(threads):
     """Called in that environment: its modules `common` and `agent`."""
     import numpy as np
     import tensorflow as tf
+    from absl import logging
 
+    logging.set_verbosity(logging.ERROR)
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     precision = importlib.import_module("tensorflow.keras.mixed_precision")

@@ -4,9 +4,10 @@
 
 Writes `v2_world_model_*.npz` (the world model's loss on a batch of sequences with resets, and its gradients) and
 `v2_behaviour_*.npz` (imagination from given states, returns, the actor's and the critic's loss with their gradients,
-for both kinds of actions and the three kinds of gradients). Small sizes, random weights and data. The official code is
-run as it is, but for optimizers that record gradients in the place of its own, and for one line that was mended after
-the release: `reinforce` takes no gradient through the action. Keys are those of tests/golden/README.md.
+for the three distributions of actions and the three kinds of gradients). Small sizes, random weights and data. The
+official code is run as it is, but for optimizers that record gradients in the place of its own, and for one line that
+was mended after the release: `reinforce` takes no gradient through the action. Keys are those of
+tests/golden/README.md.
 """
 
 import argparse
@@ -28,7 +29,8 @@ SIZES |= {"encoder.cnn_depth": 2, "decoder.cnn_depth": 2, "actor_ent": 0.03}
 DISCOUNT = {"pred_discount": True, "grad_heads": ["decoder", "reward", "discount"]}
 NO_DISCOUNT = {"pred_discount": False, "grad_heads": ["decoder", "reward"]}
 WORLD_MODELS = {"atari": ("atari", {}), "dmc": ("dmc_vision", {}), "dmc_discount": ("dmc_vision", DISCOUNT)}
-BEHAVIOURS = [(dist, grad) for dist in ("onehot", "trunc_normal") for grad in ("dynamics", "reinforce", "both")]
+DISTRIBUTIONS = ("onehot", "trunc_normal", "tanh_normal")
+BEHAVIOURS = [(dist, grad) for dist in DISTRIBUTIONS for grad in ("dynamics", "reinforce", "both")]
 
 
 def named_variables(module, prefix):
@@ -153,6 +155,10 @@ def behaviour(agent, config, rng, discrete, draws, raw_actions):
     others |= {f"heads.{name}": head for name, head in model.heads.items() if name != "decoder"}
     variables = all_variables(networks | others)
     randomise(variables, rng)
+    if config.actor.dist == "tanh_normal":  # draws near 1, whose inverse tanh float32 does not know exactly, are rare
+        for layer in ("out", "std"):
+            kernel = variables[f"actor/out/{layer}/kernel"]
+            kernel.assign(kernel / 8)
     weights = {name: value.numpy() for name, value in variables.items()}  # before the slow critic changes
     imagined, targets, losses = [], [], {"actor": [], "critic": []}
     record(model, "imagine", imagined)
@@ -170,7 +176,8 @@ def behaviour(agent, config, rng, discrete, draws, raw_actions):
     if discrete:  # action, latent, action, ...
         arrays |= {"in/action_index": np.stack(onehots[::2]), "in/stoch_index": np.concatenate(onehots[1::2])}
     else:
-        arrays |= {"in/action_raw": np.concatenate(raw_actions), "in/stoch_index": np.concatenate(onehots)}
+        raw = [draw for draw in raw_actions if len(draw) == 1]  # not the tanh-normal's 100 for its mode and entropy
+        arrays |= {"in/action_raw": np.concatenate(raw), "in/stoch_index": np.concatenate(onehots)}
     arrays |= {f"out/seq/{key}": value for key, value in imagined[0].items()} | {"out/target": targets[0][0]}
     arrays |= {f"out/{name}_loss": kept[0][0] for name, kept in losses.items()}
     arrays |= {f"out/metrics/{name}": value for name, value in metrics.items()}
@@ -189,7 +196,8 @@ def work(out):
     tf.random.set_seed(1)
     draws, raw_actions = [], []
     record(common.OneHotDist, "sample", draws)
-    record(common.tfd.TruncatedNormal, "sample", raw_actions)  # before the official code clips them
+    for distribution in (common.tfd.TruncatedNormal, common.tfd.Normal):  # before they are clipped or squashed
+        record(distribution, "sample", raw_actions)
     arrays = {}
     for seed, (name, (recipe, settings)) in enumerate(WORLD_MODELS.items()):
         config = official_code.settings(common, recipe, SIZES | settings)
@@ -198,7 +206,10 @@ def work(out):
         arrays[f"v2_world_model_{name}"] = world_model(agent, config, rng, channels, discrete, draws)
     for seed, (dist, grad) in enumerate(BEHAVIOURS, 10):
         heads = DISCOUNT if dist == "onehot" else NO_DISCOUNT
-        config = official_code.settings(common, "defaults", SIZES | heads | {"actor_grad": grad})
+        changes = {"actor_grad": grad, "actor.dist": dist}
+        if dist == "tanh_normal":  # its entropy is a random estimate there
+            changes["actor_ent"] = 0.0
+        config = official_code.settings(common, "defaults", SIZES | heads | changes)
         arrays[f"v2_behaviour_{dist}_{grad}"] = behaviour(
             agent, config, np.random.default_rng(seed), dist == "onehot", draws, raw_actions
         )

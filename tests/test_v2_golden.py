@@ -57,7 +57,7 @@ def mlp(layers: int, out=(dense, "out/out")) -> dict:
     return {str(3 * i): (dense, f"dense{i}") for i in range(layers)} | {str(3 * layers): out}
 
 
-TRUNC_NORMAL = mlp(2, (mean_and_std, "out"))
+GAUSSIAN = mlp(2, (mean_and_std, "out"))
 
 
 def paper_args(v2, **flags):
@@ -349,7 +349,7 @@ def test_discrete_actor_has_the_official_distribution_and_gradients():
 def test_truncated_normal_actor_has_the_official_distribution_and_gradients():
     a = load("v2_head_trunc_normal")
     actor = continuous.Actor(paper_args(continuous, actor_dist="trunc_normal"), 10, 3)
-    check_actor(a, actor, TRUNC_NORMAL)
+    check_actor(a, actor, GAUSSIAN)
     policy = actor(a["in/feat"])
     check(policy.mean, a["out/loc"], "loc")
     check(policy.std, a["out/scale"], "scale")
@@ -530,19 +530,20 @@ GRADIENTS = ("dynamics", "reinforce", "both")
 
 
 class RawActions:
-    """In the place of `sample_trunc_normal`: recorded draws, with the gradient that the official code executes:
-    1 to the mean, (x - mean) / std to the standard deviation."""
+    """In the place of `sample_trunc_normal` or `sample_normal`: recorded draws, then the mean. With the gradient that
+    the official code executes: 1 to the mean, (x - mean) / std to the standard deviation."""
 
     def __init__(self, draws):
         self.draws = list(draws)
 
     def __call__(self, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-        draw = self.draws.pop(0)
+        draw = self.draws.pop(0) if self.draws else mean.detach()
         return mean + std * ((draw - mean) / std).detach()
 
 
 BEHAVIOURS = ["v2_imagine_trunc_normal_dynamics_disc"]
-BEHAVIOURS += [f"v2_behaviour_{dist}_{grad}" for dist in ("onehot", "trunc_normal") for grad in GRADIENTS]
+DISTRIBUTIONS = ("onehot", "trunc_normal", "tanh_normal")
+BEHAVIOURS += [f"v2_behaviour_{dist}_{grad}" for dist in DISTRIBUTIONS for grad in GRADIENTS]
 
 
 @pytest.mark.parametrize("name", BEHAVIOURS)
@@ -551,13 +552,16 @@ def test_an_update_has_the_official_imagination_targets_losses_and_gradients(nam
     a = load(name)
     v2 = atari if "onehot" in name else continuous
     flags = {"imagine_horizon": 5, "discount": 0.99, "td_lambda": 0.95, "actor_entropy": 0.03, "grad_clip": 1e9}
-    flags |= {"actor_dist": "trunc_normal"} if v2 is continuous else {}
+    if v2 is continuous:
+        flags["actor_dist"] = "tanh_normal" if "tanh_normal" in name else "trunc_normal"
+    if "tanh_normal" in name:  # its entropy is an estimate from other draws
+        flags["actor_entropy"] = 0.0
     flags["actor_grad"] = next(grad for grad in GRADIENTS if grad in name)
     args = paper_args(v2, pred_discount="w/heads.discount/dense0/kernel" in a, weight_decay=0.0, **flags)
     agent = v2.Dreamer(args, channels=1, action_size=4)
     hidden = a["w/rssm/img_in/bias"].numel()  # in one file it is not deter
     agent.world_model.rssm = v2.RSSM(args, hidden, 4, agent.world_model.encoder.embed_size)
-    actor = TRUNC_NORMAL if v2 is continuous else mlp(2)
+    actor = GAUSSIAN if v2 is continuous else mlp(2)
     weights = {"world_model.rssm": ("w/rssm", PRIOR), "actor": ("w/actor", actor), "value": ("w/critic", mlp(2))}
     weights |= {f"world_model.{head}": (f"w/heads.{head}", mlp(2)) for head in ("reward", "discount")}
     weights["slow_value"] = ("w/target_critic", mlp(2))
@@ -578,7 +582,7 @@ def test_an_update_has_the_official_imagination_targets_losses_and_gradients(nam
     draws = list(imagined("in/stoch_index"))
     if v2 is continuous:
         actions = RawActions(imagined("in/action_raw"))
-        monkeypatch.setattr(v2, "sample_trunc_normal", actions)
+        monkeypatch.setattr(v2, "sample_normal" if "tanh_normal" in name else "sample_trunc_normal", actions)
     else:  # one function draws both, in turns
         draws = [draw for pair in zip(imagined("in/action_index"), draws, strict=True) for draw in pair]
     onehots = Categories(draws)
@@ -606,7 +610,8 @@ def test_an_update_has_the_official_imagination_targets_losses_and_gradients(nam
     values = torch.cat([given["value"], given["bootstrap"][None]])
     check(values.mean(), a["out/metrics/critic_slow"], "slow critic")
     check(metrics["imagined/return"], a["out/metrics/critic_target"], "mean target")
-    check(metrics["actor/entropy"], a["out/metrics/actor_ent"], "entropy")
+    if "tanh_normal" not in name:
+        check(metrics["actor/entropy"], a["out/metrics/actor_ent"], "entropy")
     check(metrics["losses/actor"], a["out/actor_loss"], "actor loss")
     check(metrics["losses/value"], a["out/critic_loss"], "critic loss")
     for module, name, layers in ((agent.actor, "actor", actor), (agent.value, "critic", mlp(2))):
