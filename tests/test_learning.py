@@ -1,7 +1,7 @@
 """Promises about learning from pixels, kept with small sizes on one CPU core.
 
 By default the quick ones run. `python -m pytest -n 2 tests/test_learning.py --all-learning` runs all of them; what they
-reached is in benchmark/README.md. What is broken on purpose must fail: no task here is solved by luck.
+reached is in benchmark/FINDINGS.md. What is broken on purpose must fail: no task here is solved by luck.
 """
 
 import contextlib
