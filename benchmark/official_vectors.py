@@ -4,9 +4,10 @@
 
 Writes `v2_world_model_*.npz` (the world model's loss on a batch of sequences with resets, and its gradients) and
 `v2_behaviour_*.npz` (imagination from given states, returns, the actor's and the critic's loss with their gradients,
-for the three distributions of actions and the three kinds of gradients). Small sizes, random weights and data. The
-official code is run as it is, but for optimizers that record gradients in the place of its own, and for one line that
-was mended after the release: `reinforce` takes no gradient through the action. Keys are those of
+for the three distributions of actions and the three kinds of gradients) and `v2_updates_*.npz` (the weights before
+and after some whole updates, with its own optimizers). Small sizes, random weights and data. The official code is run
+as it is, but for optimizers that record gradients in the place of its own where a file has gradients, and for one line
+that was mended after the release: `reinforce` takes no gradient through the action. Keys are those of
 tests/golden/README.md.
 """
 
@@ -30,6 +31,9 @@ DISCOUNT = {"pred_discount": True, "grad_heads": ["decoder", "reward", "discount
 NO_DISCOUNT = {"pred_discount": False, "grad_heads": ["decoder", "reward"]}
 WORLD_MODELS = {"atari": ("atari", {}), "dmc": ("dmc_vision", {}), "dmc_discount": ("dmc_vision", DISCOUNT)}
 DISTRIBUTIONS = ("onehot", "trunc_normal", "tanh_normal")
+# Whole updates. Strong decay and clipping, so that they show; Keras adds Adam's epsilon at another place than PyTorch.
+ADAM = {"lr": 1e-3, "eps": 1e-10, "wd": 0.01, "clip": 1.0}
+UPDATES = {"count": 4, "slow_target_update": 2, **{f"{part}_opt": ADAM for part in ("model", "actor", "critic")}}
 BEHAVIOURS = [(dist, grad) for dist in DISTRIBUTIONS for grad in ("dynamics", "reinforce", "both")]
 
 
@@ -127,6 +131,15 @@ def world_model(agent, config, rng, channels, discrete, draws):
     return arrays | {f"grad/{name}": value for name, value in model.model_opt.found.items()}
 
 
+def draws_of_behaviour(draws, raw_actions, discrete):
+    """What actions and latents were drawn while imagining."""
+    onehots = [draw.numpy().argmax(-1).astype(np.int32) for draw in draws]
+    if discrete:  # action, latent, action, ...
+        return {"in/action_index": np.stack(onehots[::2]), "in/stoch_index": np.concatenate(onehots[1::2])}
+    raw = [draw for draw in raw_actions if len(draw) == 1]  # not the tanh-normal's 100 for its mode and entropy
+    return {"in/action_raw": np.concatenate(raw), "in/stoch_index": np.concatenate(onehots)}
+
+
 def behaviour(agent, config, rng, discrete, draws, raw_actions):
     """What the training of actor and critic makes of posterior states."""
     import tensorflow as tf
@@ -171,13 +184,8 @@ def behaviour(agent, config, rng, discrete, draws, raw_actions):
     draws.clear()
     raw_actions.clear()
     metrics = train()
-    onehots = [draw.numpy().argmax(-1).astype(np.int32) for draw in draws]
     arrays = {f"in/start/{key}": value for key, value in start.items()} | {"in/is_terminal": is_terminal}
-    if discrete:  # action, latent, action, ...
-        arrays |= {"in/action_index": np.stack(onehots[::2]), "in/stoch_index": np.concatenate(onehots[1::2])}
-    else:
-        raw = [draw for draw in raw_actions if len(draw) == 1]  # not the tanh-normal's 100 for its mode and entropy
-        arrays |= {"in/action_raw": np.concatenate(raw), "in/stoch_index": np.concatenate(onehots)}
+    arrays |= draws_of_behaviour(draws, raw_actions, discrete)
     arrays |= {f"out/seq/{key}": value for key, value in imagined[0].items()} | {"out/target": targets[0][0]}
     arrays |= {f"out/{name}_loss": kept[0][0] for name, kept in losses.items()}
     arrays |= {f"out/metrics/{name}": value for name, value in metrics.items()}
@@ -185,6 +193,44 @@ def behaviour(agent, config, rng, discrete, draws, raw_actions):
     for optimizer in (learner.actor_opt, learner.critic_opt):
         arrays |= {f"grad/{name}": value for name, value in optimizer.found.items()}
     return arrays
+
+
+def updates(agent, config, rng, channels, discrete, draws, raw_actions):
+    """The weights before and after whole updates on as many batches, and the losses on the way."""
+    import tensorflow as tf
+
+    space = SimpleNamespace(shape=(ACTIONS,), **({"n": ACTIONS} if discrete else {}))
+    image = SimpleNamespace(shape=(64, 64, channels))
+    whole = agent.Agent(config, {"image": image}, {"action": space}, 0)
+    model, learner = whole.wm, whole._task_behavior
+    batches = [data(rng, channels, discrete) for _ in range(UPDATES["count"])]
+    for batch in batches:  # blocks of 8 pixels: the file is smaller
+        batch["image"] = batch["image"][:, :, ::8, ::8].repeat(8, 2).repeat(8, 3)
+    owners = ((model, "model_opt"), (learner, "actor_opt"), (learner, "critic_opt"))
+    optimizers = [getattr(*owner) for owner in owners]
+    for owner in owners:
+        setattr(*owner, lambda *_: {})
+    whole.train({key: tf.constant(value) for key, value in batches[0].items()})  # makes the networks
+    learner._updates.assign(0)
+    for owner, optimizer in zip(owners, optimizers, strict=True):
+        setattr(*owner, optimizer)
+    networks = {"encoder": model.encoder, "rssm": model.rssm, "actor": learner.actor, "critic": learner.critic}
+    networks |= {"target_critic": learner._target_critic}
+    variables = all_variables(networks | {f"heads.{name}": head for name, head in model.heads.items()})
+    randomise(variables, rng)
+    arrays = {f"w/{name}": value.numpy() for name, value in variables.items()}
+    rows = []
+    for batch in batches:
+        draws.clear()
+        raw_actions.clear()
+        _, metrics = whole.train({key: tf.constant(value) for key, value in batch.items()})
+        rows.append({f"in/{key}": value for key, value in batch.items()})
+        latents, draws[:] = draws[: 2 * T], draws[2 * T :]  # prior, posterior, prior, ...
+        rows[-1]["in/post_index"] = np.concatenate(latents[1::2]).argmax(-1).swapaxes(0, 1).astype(np.int32)
+        rows[-1] |= draws_of_behaviour(draws, raw_actions, discrete)
+        rows[-1] |= {f"out/metrics/{name}": value for name, value in metrics.items()}
+    arrays |= {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    return arrays | {f"out/w/{name}": value for name, value in variables.items()}
 
 
 def work(out):
@@ -213,6 +259,12 @@ def work(out):
         arrays[f"v2_behaviour_{dist}_{grad}"] = behaviour(
             agent, config, np.random.default_rng(seed), dist == "onehot", draws, raw_actions
         )
+    for seed, (name, recipe) in enumerate((("atari", "atari"), ("dmc", "dmc_vision")), 30):
+        changes = {key: value for key, value in UPDATES.items() if key != "count"}
+        config = official_code.settings(common, recipe, SIZES | changes)
+        discrete = recipe == "atari"
+        rng, channels = np.random.default_rng(seed), 1 if discrete else 3
+        arrays[f"v2_updates_{name}"] = updates(agent, config, rng, channels, discrete, draws, raw_actions)
     for name, values in arrays.items():
         with replacing(out / f"{name}.npz") as path:
             np.savez_compressed(path, **{key: np.asarray(value) for key, value in values.items()})

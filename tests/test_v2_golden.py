@@ -476,6 +476,23 @@ def test_slow_critic_is_copied_at_the_first_update_and_at_every_hundredth_after_
 
 # WORLD MODEL
 
+
+def world_model_layers(args) -> dict:
+    """Part of our world model -> the prefix of its official layers, and these."""
+    layers = {"encoder": ("encoder", ENCODER), "rssm": ("rssm", RSSM), "decoder": ("heads.decoder", DECODER)}
+    heads = ("reward", "discount") if args.pred_discount else ("reward",)
+    return layers | {head: (f"heads.{head}", mlp(2)) for head in heads}
+
+
+def all_parameters(arrays, kind: str, layers: dict) -> dict:
+    """Recorded weights or gradients by the names of our parameters."""
+    return {
+        f"{part}.{name}": value
+        for part, (prefix, names) in layers.items()
+        for name, value in parameters(arrays, f"{kind}/{prefix}", names).items()
+    }
+
+
 WORLD_MODELS = {
     "atari": (atari, {"kl_loss_coeff": 0.1, "free_nats": 0.0, "discount_scale": 5.0}),
     "dmc": (continuous, {"kl_loss_coeff": 1.0, "free_nats": 1.0, "pred_discount": False}),
@@ -490,20 +507,8 @@ def test_world_model_has_the_official_loss_and_gradients(name, monkeypatch):
     a = load(f"v2_world_model_{name}")
     args = paper_args(v2, cnn_depth=2, discount=0.99, **flags)
     model = v2.WorldModel(args, a["in/image"].shape[-1], action_size=4)
-    layers = {"encoder": ("encoder", ENCODER), "rssm": ("rssm", RSSM), "decoder": ("heads.decoder", DECODER)}
-    layers |= {head: (f"heads.{head}", mlp(2)) for head in ("reward", "discount")}
-    if not args.pred_discount:
-        del layers["discount"]
-
-    def recorded(kind: str) -> dict:
-        """Recorded weights or gradients by the names of our parameters."""
-        return {
-            f"{part}.{name}": value
-            for part, (prefix, names) in layers.items()
-            for name, value in parameters(a, f"{kind}/{prefix}", names).items()
-        }
-
-    model.load_state_dict(recorded("w"))
+    layers = world_model_layers(args)
+    model.load_state_dict(all_parameters(a, "w", layers))
     image = time_major(a["in/image"]).movedim(-1, 2)
     fields = (time_major(a[f"in/{field}"]) for field in v2.Batch._fields[1:])
     latents = Categories(time_major(a["in/post_index"]))
@@ -521,7 +526,7 @@ def test_world_model_has_the_official_loss_and_gradients(name, monkeypatch):
     check(metrics["latents/prior_entropy"], a["out/prior_ent"], "entropy of the prior")
     check(metrics["latents/post_entropy"], a["out/post_ent"], "entropy of the posterior")
     gradients = torch.autograd.grad(loss, list(model.parameters()))
-    check_gradients(model, gradients, recorded("grad"))
+    check_gradients(model, gradients, all_parameters(a, "grad", layers))
 
 
 # BEHAVIOUR: horizon H = 5
@@ -618,3 +623,55 @@ def test_an_update_has_the_official_imagination_targets_losses_and_gradients(nam
         check_gradients(module, [p.grad for p in module.parameters()], parameters(a, f"grad/{name}", layers))
     world_model_gradients = [p.grad for p in agent.world_model.parameters() if p.grad is not None]
     assert not any(gradient.any() for gradient in world_model_gradients)
+
+
+# WHOLE UPDATES
+
+UPDATES = {
+    "atari": (atari, {"kl_loss_coeff": 0.1, "free_nats": 0.0, "discount_scale": 5.0}),
+    "dmc": (continuous, {"kl_loss_coeff": 1.0, "free_nats": 1.0, "pred_discount": False, "actor_dist": "trunc_normal"}),
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_whole_updates_move_all_weights_as_the_official_code_does(name, monkeypatch):
+    """Four batches: order of the steps, clipping, Adam, weight decay and the slow critic's schedule.
+
+    Each array's change must be the official one to 0.5% of its length: Adam enlarges what float32 does to gradients.
+    """
+    v2, flags = UPDATES[name]
+    a = load(f"v2_updates_{name}")
+    flags |= {"model_learning_rate": 1e-3, "actor_learning_rate": 1e-3, "value_learning_rate": 1e-3, "adam_eps": 1e-10}
+    flags |= {"weight_decay": 0.01, "grad_clip": 1.0, "slow_target_update": 2, "imagine_horizon": 5, "discount": 0.99}
+    args = paper_args(v2, cnn_depth=2, actor_entropy=0.03, **flags)
+    agent = v2.Dreamer(args, channels=a["in/image"].shape[-1], action_size=4)
+    layers = {f"world_model.{part}": names for part, names in world_model_layers(args).items()}
+    layers |= {"actor": ("actor", mlp(2) if v2 is atari else GAUSSIAN)}
+    layers |= {"value": ("critic", mlp(2)), "slow_value": ("target_critic", mlp(2))}
+    before, after = all_parameters(a, "w", layers), all_parameters(a, "out/w", layers)
+    agent.load_state_dict(before)
+    learner = v2.Learner(agent, args, torch.device("cpu"))
+    names = {"losses/model": "model_loss", "losses/actor": "actor_loss", "losses/value": "critic_loss"}
+    names |= {"grad_norm/model": "model_grad_norm", "grad_norm/actor": "actor_grad_norm"}
+    names |= {"grad_norm/value": "critic_grad_norm", "imagined/return": "critic_target"}
+    for i in range(4):
+        step = {key.removeprefix("in/"): value[i] for key, value in a.items() if key.startswith("in/")}
+        for key in ("action_index", "action_raw", "stoch_index"):
+            if key in step:  # (H, B * T, ...) to (H, T * B, ...)
+                step[key] = step[key].unflatten(1, step["is_terminal"].shape).transpose(1, 2).flatten(1, 2)
+        draws = list(step["stoch_index"])
+        if v2 is atari:
+            draws = [draw for pair in zip(step["action_index"], draws, strict=True) for draw in pair]
+        else:
+            monkeypatch.setattr(v2, "sample_trunc_normal", RawActions(step["action_raw"]))
+        onehots = Categories([*time_major(step["post_index"]), *draws])
+        monkeypatch.setattr(v2, "sample_onehot", onehots)
+        step["image"] = step["image"].movedim(-1, 2)
+        metrics = learner(v2.Batch(*(time_major(step[field]) for field in v2.Batch._fields)))
+        assert not onehots.indices, "not all recorded draws were asked for"
+        for ours, official in names.items():
+            expected = a[f"out/metrics/{official}"][i].item()
+            assert metrics[ours].item() == pytest.approx(expected, rel=1e-4, abs=1e-4), (i, official)
+    for key, value in after.items():
+        change = (value - before[key]).norm()
+        assert (agent.state_dict()[key] - value).norm() < 0.005 * change, key
