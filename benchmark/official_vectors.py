@@ -2,13 +2,13 @@
 
     python benchmark/official_vectors.py --out tests/golden
 
-Writes `v2_world_model_*.npz` (the world model's loss on a batch of sequences with resets, and its gradients) and
+Writes `v2_world_model_*.npz` (the world model's loss on a batch of sequences with resets, and its gradients),
 `v2_behaviour_*.npz` (imagination from given states, returns, the actor's and the critic's loss with their gradients,
-for the three distributions of actions and the three kinds of gradients) and `v2_updates_*.npz` (the weights before
-and after some whole updates, with its own optimizers). Small sizes, random weights and data. The official code is run
-as it is, but for optimizers that record gradients in the place of its own where a file has gradients, and for one line
-that was mended after the release: `reinforce` takes no gradient through the action. Keys are those of
-tests/golden/README.md.
+for the three distributions of actions and the three kinds of gradients), `v2_updates_*.npz` (the weights before and
+after some whole updates, with its own optimizers) and `v2_policy_*.npz` (some steps of acting). Small sizes, random
+weights and data. The official code is run as it is, but for optimizers that record gradients in the place of its own
+where a file has gradients, and for one line that was mended after the release: `reinforce` takes no gradient through
+the action. Keys are those of tests/golden/README.md.
 """
 
 import argparse
@@ -195,17 +195,24 @@ def behaviour(agent, config, rng, discrete, draws, raw_actions):
     return arrays
 
 
+def make_agent(agent, config, channels, discrete):
+    space = SimpleNamespace(shape=(ACTIONS,), **({"n": ACTIONS} if discrete else {}))
+    return agent.Agent(config, {"image": SimpleNamespace(shape=(64, 64, channels))}, {"action": space}, 0)
+
+
+def coarse(image):
+    """Blocks of 8 pixels, (..., 64, 64, C): the file is smaller."""
+    return image[..., ::8, ::8, :].repeat(8, -2).repeat(8, -3)
+
+
 def updates(agent, config, rng, channels, discrete, draws, raw_actions):
     """The weights before and after whole updates on as many batches, and the losses on the way."""
     import tensorflow as tf
 
-    space = SimpleNamespace(shape=(ACTIONS,), **({"n": ACTIONS} if discrete else {}))
-    image = SimpleNamespace(shape=(64, 64, channels))
-    whole = agent.Agent(config, {"image": image}, {"action": space}, 0)
+    whole = make_agent(agent, config, channels, discrete)
     model, learner = whole.wm, whole._task_behavior
     batches = [data(rng, channels, discrete) for _ in range(UPDATES["count"])]
-    for batch in batches:  # blocks of 8 pixels: the file is smaller
-        batch["image"] = batch["image"][:, :, ::8, ::8].repeat(8, 2).repeat(8, 3)
+    batches = [batch | {"image": coarse(batch["image"])} for batch in batches]
     owners = ((model, "model_opt"), (learner, "actor_opt"), (learner, "critic_opt"))
     optimizers = [getattr(*owner) for owner in owners]
     for owner in owners:
@@ -231,6 +238,37 @@ def updates(agent, config, rng, channels, discrete, draws, raw_actions):
         rows[-1] |= {f"out/metrics/{name}": value for name, value in metrics.items()}
     arrays |= {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     return arrays | {f"out/w/{name}": value for name, value in variables.items()}
+
+
+def policy(agent, config, rng, channels, discrete, draws, raw_actions):
+    """Some steps of B environments, one of which is reset on the way; each with a drawn action and with the mode."""
+    import tensorflow as tf
+
+    whole = make_agent(agent, config, channels, discrete)
+    batch = data(rng, channels, discrete)
+    batch["image"] = coarse(batch["image"])
+    steps = [{key: tf.constant(value[:, t]) for key, value in batch.items() if key != "action"} for t in range(T)]
+    whole.policy(steps[0])  # makes the networks
+    networks = {"encoder": whole.wm.encoder, "rssm": whole.wm.rssm, "actor": whole._task_behavior.actor}
+    variables = all_variables(networks)
+    randomise(variables, rng)
+    rows = {"train": [], "eval": []}
+    for mode, kept in rows.items():
+        state = None
+        for t, step in enumerate(steps):
+            draws.clear()
+            raw_actions.clear()
+            outputs, state = whole.policy(step, state, mode)
+            row = {f"in/{key}": batch[key][:, t] for key in ("image", "is_first")}
+            row["in/post_index"] = np.concatenate(draws[1:2]).argmax(-1).astype(np.int32)  # after the prior
+            if mode == "train" and not discrete:
+                row["in/action_raw"] = raw_actions[-1]
+            row |= {f"out/{key}": state[0][key] for key in ("logit", "stoch", "deter")}
+            kept.append(row | {"out/action": outputs["action"]})
+    arrays = {f"w/{name}": value for name, value in variables.items()}
+    for mode, kept in rows.items():
+        arrays |= {f"{mode}/{key}": np.stack([row[key] for row in kept]) for key in kept[0]}
+    return arrays
 
 
 def work(out):
@@ -259,12 +297,13 @@ def work(out):
         arrays[f"v2_behaviour_{dist}_{grad}"] = behaviour(
             agent, config, np.random.default_rng(seed), dist == "onehot", draws, raw_actions
         )
-    for seed, (name, recipe) in enumerate((("atari", "atari"), ("dmc", "dmc_vision")), 30):
-        changes = {key: value for key, value in UPDATES.items() if key != "count"}
-        config = official_code.settings(common, recipe, SIZES | changes)
-        discrete = recipe == "atari"
-        rng, channels = np.random.default_rng(seed), 1 if discrete else 3
-        arrays[f"v2_updates_{name}"] = updates(agent, config, rng, channels, discrete, draws, raw_actions)
+    for seed, (kind, function) in enumerate((("updates", updates), ("policy", policy)), 30):
+        for name, recipe in (("atari", "atari"), ("dmc", "dmc_vision")):
+            changes = {key: value for key, value in UPDATES.items() if key != "count"}
+            config = official_code.settings(common, recipe, SIZES | changes)
+            discrete = recipe == "atari"
+            rng, channels = np.random.default_rng(seed), 1 if discrete else 3
+            arrays[f"v2_{kind}_{name}"] = function(agent, config, rng, channels, discrete, draws, raw_actions)
     for name, values in arrays.items():
         with replacing(out / f"{name}.npz") as path:
             np.savez_compressed(path, **{key: np.asarray(value) for key, value in values.items()})

@@ -675,3 +675,33 @@ def test_whole_updates_move_all_weights_as_the_official_code_does(name, monkeypa
     for key, value in after.items():
         change = (value - before[key]).norm()
         assert (agent.state_dict()[key] - value).norm() < 0.005 * change, key
+
+
+# ACTING
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", ["atari", "dmc"])
+def test_policy_has_the_official_states_and_actions(name, mode, monkeypatch):
+    """Five steps of three environments, one of which is reset on the way, with recorded latents; drawn actions too."""
+    v2, flags = {"atari": (atari, {}), "dmc": (continuous, {"actor_dist": "trunc_normal"})}[name]
+    a = load(f"v2_policy_{name}")
+    images = a[f"{mode}/in/image"].movedim(-1, 2)
+    agent = v2.Dreamer(paper_args(v2, cnn_depth=2, **flags), channels=images.shape[2], action_size=4)
+    layers = {"world_model.encoder": ("encoder", ENCODER), "world_model.rssm": ("rssm", RSSM)}
+    layers["actor"] = ("actor", mlp(2) if v2 is atari else GAUSSIAN)
+    _, unexpected = agent.load_state_dict(all_parameters(a, "w", layers), strict=False)
+    assert not unexpected
+    actions, state = a[f"{mode}/out/action"], agent.initial_state(3)
+    for t, image in enumerate(images):
+        onehots = Categories(a[f"{mode}/in/post_index"][t])
+        if mode == "train" and v2 is atari:
+            onehots.indices.append(actions[t].argmax(-1))
+        elif mode == "train":
+            monkeypatch.setattr(v2, "sample_trunc_normal", RawActions(a[f"{mode}/in/action_raw"][t]))
+        monkeypatch.setattr(v2, "sample_onehot", onehots)
+        action, state = agent.policy(image, state, a[f"{mode}/in/is_first"][t], mode=mode == "eval")
+        assert not onehots.indices, "not all recorded draws were asked for"
+        check(onehots.logits[0], a[f"{mode}/out/logit"][t], f"logit {t}")
+        check(state[1], a[f"{mode}/out/deter"][t], f"deter {t}")
+        check(action, actions[t], f"action {t}")
