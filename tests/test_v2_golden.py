@@ -641,7 +641,7 @@ def test_whole_updates_move_all_weights_as_the_official_code_does(name, monkeypa
     """
     v2, flags = UPDATES[name]
     a = load(f"v2_updates_{name}")
-    flags |= {"model_learning_rate": 1e-3, "actor_learning_rate": 1e-3, "value_learning_rate": 1e-3, "adam_eps": 1e-10}
+    flags = flags | {f"{part}_learning_rate": 1e-3 for part in ("model", "actor", "value")} | {"adam_eps": 1e-10}
     flags |= {"weight_decay": 0.01, "grad_clip": 1.0, "slow_target_update": 2, "imagine_horizon": 5, "discount": 0.99}
     args = paper_args(v2, cnn_depth=2, actor_entropy=0.03, **flags)
     agent = v2.Dreamer(args, channels=a["in/image"].shape[-1], action_size=4)
