@@ -534,6 +534,11 @@ def test_world_model_has_the_official_loss_and_gradients(name, monkeypatch):
 GRADIENTS = ("dynamics", "reinforce", "both")
 
 
+def from_our_starts(recorded: torch.Tensor, is_terminal: torch.Tensor) -> torch.Tensor:
+    """What was imagined, (H, B * T, ...), in our order of start states: (H, T * B, ...). is_terminal (B, T)."""
+    return recorded.unflatten(1, is_terminal.shape).transpose(1, 2).flatten(1, 2)
+
+
 class RawActions:
     """In the place of `sample_trunc_normal` or `sample_normal`: recorded draws, then the mean. With the gradient that
     the official code executes: 1 to the mean, (x - mean) / std to the standard deviation."""
@@ -577,8 +582,7 @@ def test_an_update_has_the_official_imagination_targets_losses_and_gradients(nam
         assert not unexpected and all(name.startswith("post_") for name in missing)
 
     def imagined(key: str) -> torch.Tensor:
-        """A recorded (H, B * T, ...) array in our order of start states: (H, T * B, ...)."""
-        return a[key].unflatten(1, a["in/is_terminal"].shape).transpose(1, 2).flatten(1, 2)
+        return from_our_starts(a[key], a["in/is_terminal"])
 
     start, is_terminal = recorded_state(v2, a, "in/start", swap=True), time_major(a["in/is_terminal"])  # (T, B, ...)
     assert is_terminal.any() and not is_terminal.all()
@@ -657,8 +661,8 @@ def test_whole_updates_move_all_weights_as_the_official_code_does(name, monkeypa
     for i in range(4):
         step = {key.removeprefix("in/"): value[i] for key, value in a.items() if key.startswith("in/")}
         for key in ("action_index", "action_raw", "stoch_index"):
-            if key in step:  # (H, B * T, ...) to (H, T * B, ...)
-                step[key] = step[key].unflatten(1, step["is_terminal"].shape).transpose(1, 2).flatten(1, 2)
+            if key in step:
+                step[key] = from_our_starts(step[key], step["is_terminal"])
         draws = list(step["stoch_index"])
         if v2 is atari:
             draws = [draw for pair in zip(step["action_index"], draws, strict=True) for draw in pair]
