@@ -94,6 +94,18 @@ BALL = {  # with the KL of the Atari defaults
     "kl_loss_coeff": 0.1,
     "actor_entropy": 3e-2,  # with 3e-3 the actor collapses under most seeds before the ball is drawn
 }
+FAINT = {  # with the KL of the Atari defaults, and rewards as in the paper
+    "total_steps": 12_000,
+    "seed_steps": 4000,
+    "batch_size": 32,
+    "train_seq_len": 6,
+    "cnn_depth": 8,
+    "reward_head": "mse",
+    "kl_loss_coeff": 0.1,
+    "model_learning_rate": 2e-3,
+    "actor_entropy": 1e-2,
+}
+DEAR_NATS = {"kl_loss_coeff": 1.0, "free_nats": 3.0}
 NO_HEAD = {"total_steps": 1500, "pred_discount": False}
 
 
@@ -162,6 +174,7 @@ LEARNED = [
     pytest.param(V1, "CueMemory", MEMORY_V1_REINFORCE, id="v1-memory-reinforce", marks=slow),
     pytest.param(V2, "CueMemory", MEMORY_V2, id="v2-continuous-memory", marks=slow),
     pytest.param(ATARI, "CueMemory", MEMORY, id="v2-atari-memory", marks=slow),
+    pytest.param(ATARI, "FaintBall", FAINT, id="v2-atari-faint-ball", marks=slow),
     pytest.param(ATARI, "TwoPixelBall", BALL, id="v2-atari-ball", marks=[slow, pytest.mark.timeout(2400)]),
 ]
 
@@ -181,6 +194,7 @@ BROKEN = [
     pytest.param(ATARI, "CueMemory", MEMORY, no_memory, id="v2-atari-no-memory", marks=slow),
     pytest.param(V2, "TerminalGoal", NO_HEAD, None, id="v2-continuous-no-discount-head", marks=slow),
     pytest.param(ATARI, "TerminalGoal", {"pred_discount": False}, None, id="v2-atari-no-discount-head", marks=slow),
+    pytest.param(ATARI, "FaintBall", FAINT | DEAR_NATS, None, id="v2-atari-dear-nats", marks=slow),
 ]
 
 
