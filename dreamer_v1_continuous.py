@@ -85,7 +85,7 @@ class Args:
     compile: bool = True
     """on CUDA: compile the recurrences and the losses with torch.compile"""
     compile_cpu: bool = False
-    """compile them and the policy on the CPU: updates take 2 to 14% less, after some minutes; needs a C++ compiler"""
+    """compile them and the policy on the CPU: updates take 2 to 15% less, after some minutes; needs a C++ compiler"""
     cuda_graph: bool = True
     """on CUDA: replay the whole update, and the policy's step, as CUDA graphs"""
     track: bool = False
@@ -107,7 +107,7 @@ class Args:
     env_id: str = "dmc/walker-walk"
     """`dmc/<domain>-<task>`, or any Gymnasium id with a Box action space, `module:Id` included"""
     num_envs: int = 1
-    """environments stepped in parallel (more than one: each in a process of its own)"""
+    """environments stepped in parallel (more than one: each in a process of its own, but for Atari games)"""
     env_timeout: float = 0.0
     """seconds after which an environment's step counts as hung and it is restarted (0: wait forever)"""
     action_repeat: int = 2
@@ -479,7 +479,7 @@ def random_actions(rng: np.random.Generator, num_envs: int, action_size: int) ->
     return rng.uniform(-1, 1, (num_envs, action_size)).astype(np.float32)
 
 
-START_TIMEOUT = 60  # seconds that a worker gets at least for its imports and first reset
+START_TIMEOUT = 60  # seconds that a worker gets at least for its first reset; its construction has no limit
 
 
 def reset_envs(envs: gym.vector.VectorEnv, seed: int, timeout: float = 0.0) -> np.ndarray:
@@ -710,6 +710,17 @@ class State(NamedTuple):
         return torch.cat([self.stoch, self.deter], -1)
 
 
+class GRUCell(nn.GRUCell):
+    """(N, size), (N, deter) -> (N, deter). PyTorch's cell, but in bfloat16 the state stays float32 on CUDA as well."""
+
+    def forward(self, x: Tensor, deter: Tensor) -> Tensor:
+        reset_x, update_x, new_x = F.linear(x, self.weight_ih, self.bias_ih).float().chunk(3, -1)
+        reset_h, update_h, new_h = F.linear(deter, self.weight_hh, self.bias_hh).float().chunk(3, -1)
+        update = torch.sigmoid(update_x + update_h)
+        new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
+        return new.lerp(deter, update)
+
+
 class RSSM(nn.Module):
     """Recurrent state-space model (section 4 and appendix A).
 
@@ -722,7 +733,7 @@ class RSSM(nn.Module):
         super().__init__()
         self.stoch_size, self.deter_size, self.action_size = stoch_size, deter_size, action_size
         self.input = nn.Linear(stoch_size + action_size, hidden_size)
-        self.gru = nn.GRUCell(hidden_size, deter_size)
+        self.gru = GRUCell(hidden_size, deter_size)
         self.prior_hidden = nn.Linear(deter_size, hidden_size)
         self.prior_stats = nn.Linear(hidden_size, 2 * stoch_size)
         self.post_hidden = nn.Linear(deter_size + embed_size, hidden_size)
@@ -994,10 +1005,11 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Te
 
 
 def imagined_returns(agent: "Dreamer", start: State, args: Args) -> tuple[Tensor, ...]:
-    """Imagines from N posterior states (algorithm 1): what `imagine` gives, and of each return's state the weight.
+    """Imagines from N posterior states (algorithm 1): what `imagine` gives, the lambda returns, and their weights.
 
     The start state has no return of its own (official code): returns and weight (H-1, N) are those of s_1 ... s_{H-1}.
-    With `reinforce` it has one, as in DreamerV2: they are (H, N), those of s_0 ... s_{H-1}.
+    With `reinforce` it has one, as in DreamerV2: they are (H, N), those of s_0 ... s_{H-1}. A state's weight is the
+    product of the discounts on the way to it.
     """
     model, first = agent.world_model, 0 if args.actor_grad == "reinforce" else 1
     with torch.set_grad_enabled(args.actor_grad != "reinforce"):
@@ -1019,6 +1031,9 @@ def actor_loss(policy: NamedTuple, value: nn.Module, feat: Tensor, action: Tenso
     policy   p_0   p_1   p_2  ...  p_{H-2}                       (H-1, N, ...): what a_t was drawn from, at s_{t-1}
     action    0    a_1   a_2  ...            a_{H-1}   a_H       (H+1, N, action)
     returns        G_1   G_2  ...            G_{H-1}             (H-1, N): the action a_t drawn at s_{t-1} earns G_t
+    weight         w_1   w_2  ...            w_{H-1}             (H-1, N): of a_t in the mean
+
+    The critic `value` gives the baselines v(s_0) ... v(s_{H-2}) which the score function needs.
     """
     with torch.set_grad_enabled(args.actor_entropy > 0):  # the paper has no entropy bonus: it is only logged
         entropy = policy.entropy()
@@ -1297,7 +1312,7 @@ class Learner:
             terms = ", ".join(name for name, metric in metrics.items() if not metric.isfinite())
             raise UserError(
                 f"10 updates in a row were not finite ({terms or 'gradient'}): lower the learning rate or look at the "
-                "rewards; the last checkpoint is from before"
+                "rewards; what was saved is finite"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -1371,9 +1386,7 @@ class Logger:
     """One line of metrics at a time to metrics.jsonl and TensorBoard (and, through it, to wandb)."""
 
     def __init__(self, run_dir: Path, args: Args, step: int, offset: int):
-        self.path = run_dir / "metrics.jsonl"
-        with open(self.path, "ab") as file:  # what a killed run wrote after its checkpoint will be written again
-            file.truncate(min(offset, file.tell()))
+        self.run_dir, self.path, self.warned = run_dir, run_dir / "metrics.jsonl", set()
         if args.track:
             import wandb
 
@@ -1390,20 +1403,30 @@ class Logger:
                 )
             except Exception as error:  # no login, no network
                 raise UserError(f"cannot --track: {error} (wandb login, or WANDB_MODE=offline)") from None
-        self.writer = SummaryWriter(run_dir, purge_step=step + 1 if step else None)
+        try:
+            with open(self.path, "ab") as file:  # what a killed run wrote after its checkpoint will be written again
+                file.truncate(min(offset, file.tell()))
+            self.writer = SummaryWriter(run_dir, purge_step=step + 1 if step else None)
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {run_dir}: {error.strerror}") from None
         if step == 0:
             table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        self.warned = set()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         finite = {key: round(value, 6) if math.isfinite(value) else None for key, value in values.items()}
         try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step} | finite) + "\n")
+            size = self.path.stat().st_size
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps({"step": step} | finite) + "\n")
+            except OSError:
+                os.truncate(self.path, size)  # the next line must not begin within half a line
+                raise
             for key, value in values.items():
-                self.writer.add_scalar(key, value, step)
+                self.events().add_scalar(key, value, step)
         except OSError as error:
+            self.close()
             self.warn("log", f"could not log: {error}")
 
     def video(self, step: int, tag: str, frames: np.ndarray, path: Path | None = None) -> None:
@@ -1416,16 +1439,24 @@ class Logger:
         _, height, width, _ = frames.shape
         picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif(frames))
         try:
-            self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
             if path:
                 path.parent.mkdir(exist_ok=True)
                 write_file(path, picture.encoded_image_string)
+            self.events().file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
         except OSError as error:
+            self.close()
             self.warn("video", f"could not write a video: {error}")
+
+    def events(self) -> SummaryWriter:
+        """TensorBoard's writer. A failed write ends its thread, so after one comes another, with a file of its own."""
+        self.writer = self.writer or SummaryWriter(self.run_dir)
+        return self.writer
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # a full disk
-            self.writer.close()
+            if self.writer:
+                self.writer.close()
+        self.writer = None
 
     def warn(self, topic: str, message: str) -> None:
         """Tells each kind of trouble once."""
@@ -1777,15 +1808,15 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
             bad = reward[~(np.abs(reward) < 1e38)]  # NaN too; float32 ends at 3e38
             if len(bad):
                 raise UserError(f"{args.env_id} gave the reward {bad[0]}: mend it, then --resume {run_dir}")
+
+            # STORE
+            replay.close_streams(restarted)
+            is_first, is_last = is_last | restarted, ended  # the row after an episode's last is the next one's first
+            action[is_first] = 0
+            replay.add(image, action, reward, is_first, is_terminal, is_last)
         except UserError:
             save()
             raise
-
-        # STORE
-        replay.close_streams(restarted)
-        is_first, is_last = is_last | restarted, ended  # the row after an episode's last is the next one's first
-        action[is_first] = 0
-        replay.add(image, action, reward, is_first, is_terminal, is_last)
         stepped = args.action_repeat * int((~is_first).sum())
         counters.frames += stepped
         bar.update(stepped)
@@ -1799,7 +1830,9 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
 
         # LOG
         done = counters.frames >= args.total_steps
-        if metrics and (counters.frames >= next_log and learner.updates > logged or done):
+        # Not at a reset's row, whose frame may be a checkpoint's: after a kill TensorBoard would keep that line, since
+        # it forgets only later frames.
+        if metrics and stepped and (counters.frames >= next_log and learner.updates > logged or done):
             next_log, logged = counters.frames + args.scalar_freq, learner.updates
             learner.check_finite(metrics)
             seconds = time.time() - start

@@ -87,7 +87,7 @@ class Args:
     compile: bool = True
     """on CUDA: compile the recurrences and the losses with torch.compile"""
     compile_cpu: bool = False
-    """compile them and the policy on the CPU: updates take 2 to 14% less, after some minutes; needs a C++ compiler"""
+    """compile them and the policy on the CPU: updates take 2 to 15% less, after some minutes; needs a C++ compiler"""
     cuda_graph: bool = True
     """on CUDA: replay the whole update, and the policy's step, as CUDA graphs"""
     track: bool = False
@@ -109,7 +109,7 @@ class Args:
     env_id: str = "PongNoFrameskip-v4"
     """an Atari game by any of its names, or any Gymnasium id with discrete actions, `module:Id` included"""
     num_envs: int = 1
-    """environments stepped in parallel (more than one: each in a process of its own)"""
+    """environments stepped in parallel (more than one: each in a process of its own, but for Atari games)"""
     env_timeout: float = 0.0
     """seconds after which an environment's step counts as hung and it is restarted (0: wait forever)"""
     action_repeat: int = 4
@@ -479,7 +479,7 @@ def random_actions(rng: np.random.Generator, num_envs: int, action_size: int) ->
     return np.eye(action_size, dtype=np.float32)[rng.integers(action_size, size=num_envs)]
 
 
-START_TIMEOUT = 60  # seconds that a worker gets at least for its imports and first reset
+START_TIMEOUT = 60  # seconds that a worker gets at least for its first reset; its construction has no limit
 
 
 def reset_envs(envs: gym.vector.VectorEnv, seed: int, timeout: float = 0.0) -> np.ndarray:
@@ -892,8 +892,8 @@ def draw_starts(replay: "Replay", rng: np.random.Generator, env: np.ndarray, len
     """First row of each sequence, for the streams `env` (B,).
 
     A row is drawn uniformly; if its episode ends, or the stream does, less than `length` rows later, the sequence is
-    the last one before that end. So an episode's end is as likely as any row to be seen, as with the official
-    `prioritize_ends` (where the last sequence has `length` + 1 shares to the others' 1; here `length`).
+    the last one before that end. So an episode's last row is as likely to be seen as one in its middle, as with the
+    official `prioritize_ends` (where the last sequence has `length` + 1 shares to the others' 1; here `length`).
     """
     oldest = replay.total - len(replay)
     start = oldest + rng.integers(len(replay), size=len(env))  # (B,)
@@ -1390,7 +1390,7 @@ class Learner:
             terms = ", ".join(name for name, metric in metrics.items() if not metric.isfinite())
             raise UserError(
                 f"10 updates in a row were not finite ({terms or 'gradient'}): lower the learning rate or look at the "
-                "rewards; the last checkpoint is from before"
+                "rewards; what was saved is finite"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -1464,9 +1464,7 @@ class Logger:
     """One line of metrics at a time to metrics.jsonl and TensorBoard (and, through it, to wandb)."""
 
     def __init__(self, run_dir: Path, args: Args, step: int, offset: int):
-        self.path = run_dir / "metrics.jsonl"
-        with open(self.path, "ab") as file:  # what a killed run wrote after its checkpoint will be written again
-            file.truncate(min(offset, file.tell()))
+        self.run_dir, self.path, self.warned = run_dir, run_dir / "metrics.jsonl", set()
         if args.track:
             import wandb
 
@@ -1483,20 +1481,30 @@ class Logger:
                 )
             except Exception as error:  # no login, no network
                 raise UserError(f"cannot --track: {error} (wandb login, or WANDB_MODE=offline)") from None
-        self.writer = SummaryWriter(run_dir, purge_step=step + 1 if step else None)
+        try:
+            with open(self.path, "ab") as file:  # what a killed run wrote after its checkpoint will be written again
+                file.truncate(min(offset, file.tell()))
+            self.writer = SummaryWriter(run_dir, purge_step=step + 1 if step else None)
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {run_dir}: {error.strerror}") from None
         if step == 0:
             table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        self.warned = set()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         finite = {key: round(value, 6) if math.isfinite(value) else None for key, value in values.items()}
         try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step} | finite) + "\n")
+            size = self.path.stat().st_size
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps({"step": step} | finite) + "\n")
+            except OSError:
+                os.truncate(self.path, size)  # the next line must not begin within half a line
+                raise
             for key, value in values.items():
-                self.writer.add_scalar(key, value, step)
+                self.events().add_scalar(key, value, step)
         except OSError as error:
+            self.close()
             self.warn("log", f"could not log: {error}")
 
     def video(self, step: int, tag: str, frames: np.ndarray, path: Path | None = None) -> None:
@@ -1509,16 +1517,24 @@ class Logger:
         _, height, width, _ = frames.shape
         picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif(frames))
         try:
-            self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
             if path:
                 path.parent.mkdir(exist_ok=True)
                 write_file(path, picture.encoded_image_string)
+            self.events().file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
         except OSError as error:
+            self.close()
             self.warn("video", f"could not write a video: {error}")
+
+    def events(self) -> SummaryWriter:
+        """TensorBoard's writer. A failed write ends its thread, so after one comes another, with a file of its own."""
+        self.writer = self.writer or SummaryWriter(self.run_dir)
+        return self.writer
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # a full disk
-            self.writer.close()
+            if self.writer:
+                self.writer.close()
+        self.writer = None
 
     def warn(self, topic: str, message: str) -> None:
         """Tells each kind of trouble once."""
@@ -1870,15 +1886,15 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
             bad = reward[~(np.abs(reward) < 1e38)]  # NaN too; float32 ends at 3e38
             if len(bad):
                 raise UserError(f"{args.env_id} gave the reward {bad[0]}: mend it, then --resume {run_dir}")
+
+            # STORE
+            replay.close_streams(restarted)
+            is_first, is_last = is_last | restarted, ended  # the row after an episode's last is the next one's first
+            action[is_first] = 0
+            replay.add(image, action, reward, is_first, is_terminal, is_last)
         except UserError:
             save()
             raise
-
-        # STORE
-        replay.close_streams(restarted)
-        is_first, is_last = is_last | restarted, ended  # the row after an episode's last is the next one's first
-        action[is_first] = 0
-        replay.add(image, action, reward, is_first, is_terminal, is_last)
         stepped = args.action_repeat * int((~is_first).sum())
         counters.frames += stepped
         bar.update(stepped)
@@ -1892,7 +1908,9 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
 
         # LOG
         done = counters.frames >= args.total_steps
-        if metrics and (counters.frames >= next_log and learner.updates > logged or done):
+        # Not at a reset's row, whose frame may be a checkpoint's: after a kill TensorBoard would keep that line, since
+        # it forgets only later frames.
+        if metrics and stepped and (counters.frames >= next_log and learner.updates > logged or done):
             next_log, logged = counters.frames + args.scalar_freq, learner.updates
             learner.check_finite(metrics)
             seconds = time.time() - start

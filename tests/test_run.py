@@ -14,6 +14,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -148,6 +149,21 @@ def test_no_update_is_logged_twice(script, tmp_path):
     run_dir = train(script, tmp_path, small(script, scalar_freq=2, collect_steps=50, total_steps=200))
     updates = [line["charts/updates"] for line in read_metrics(run_dir) if "charts/updates" in line]
     assert updates == [1, 2, 3, 3], "but at the run's end"
+
+
+def test_nothing_is_logged_at_the_frame_of_a_checkpoint_after_it(script, tmp_path, monkeypatch):
+    """A kill would leave it in TensorBoard, which forgets later frames only, and not in metrics.jsonl."""
+    happened = []
+    scalars, save = script.Logger.scalars, script.save_checkpoint
+    monkeypatch.setattr(script.Logger, "scalars", lambda *a: (happened.append(("log", a[1])), scalars(*a)))
+    counted = lambda path, state: (happened.append(("save", state["counters"]["frames"])), save(path, state))  # noqa: E731
+    monkeypatch.setattr(script, "save_checkpoint", counted)
+    train(script, tmp_path, small(script, checkpoint_interval=26, seed_steps=26, scalar_freq=20))
+    saved = -1
+    for kind, frame in happened:
+        saved = frame if kind == "save" else saved
+        assert kind == "save" or frame > saved
+    assert [kind for kind, _ in happened].count("save") > 8
 
 
 def test_track_without_a_login_is_one_line(script, tmp_path, monkeypatch):
@@ -456,6 +472,21 @@ def test_a_signal_saves_and_ends_within_ten_seconds(script, number, changes, who
     assert len(advice) == 1 and f"saved at frame {frames}" in advice[0]
 
 
+def test_a_second_ctrl_c_stops_at_once(script, tmp_path):
+    """The first one waits for the environment, which hangs."""
+    flags = small(script, env_id=env_id(script, "HangsOnce", "tests.faulty_envs"))
+    marker = tmp_path / "marker"
+    with started(script, tmp_path, flags, env={"FAULT_MARKER": str(marker)}) as process:
+        deadline = time.monotonic() + 60
+        while not marker.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == -signal.SIGINT
+
+
 def test_ctrl_c_that_ends_a_compiler_saves_too(script, tmp_path, monkeypatch):
     """Ctrl-C in a terminal reaches the compilers which torch.compile has started, so that the update fails."""
 
@@ -526,18 +557,28 @@ def disk_full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@contextlib.contextmanager
+def files_end_at(size):
+    """The kernel cuts short what is written to a file beyond `size` bytes, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_a_full_disk_keeps_the_previous_checkpoint_and_the_run_goes_on(script, tmp_path):
     """A limit on the size of files that only the checkpoint exceeds: the kernel cuts its write short."""
     run_dir = train(script, tmp_path, small(script, total_steps=80, replay_capacity=40, units=256))
     before = (run_dir / "checkpoint.pt").read_bytes()
     assert (run_dir / "replay" / "steps.npy").stat().st_size < len(before) // 2
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
-        with pytest.raises(script.UserError, match="could not save frame 160.*free some space"):
-            train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "160"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    limit, refused = (
+        len(before) // 2,
+        pytest.raises(script.UserError, match="could not save frame 160.*free some space"),
+    )
+    with files_end_at(limit), refused:
+        train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "160"])
     assert (run_dir / "checkpoint.pt").read_bytes() == before
     assert not list(run_dir.glob("*.tmp"))
     assert read_metrics(run_dir)[-1]["step"] == 160, "it trained to its end"
@@ -588,6 +629,58 @@ def test_a_disk_that_is_full_for_a_while_is_survived_wherever_it_strikes(script,
     assert script.load_checkpoint(run_dir)["counters"]["frames"] == 300
     assert "No space left" in capsys.readouterr().err
     assert read_metrics(run_dir)[-1]["step"] == 300
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
+@pytest.mark.parametrize("cut", ["metrics.jsonl", "events.out.tfevents.*", "videos/1.gif"])
+def test_a_write_that_was_cut_short_spoils_nothing_that_comes_after_it(script, cut, tmp_path, capsys):
+    logger = script.Logger(tmp_path, small_args(script), 0, 0)
+    frames = np.zeros((3, 64, 64, 3), np.uint8)
+    for step in range(30):  # the events file is the longer one
+        logger.scalars(step, {"a": float(step)})
+    logger.events().flush()
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    events = sizes.pop(next(name for name in sizes if name.startswith("events")))
+    limit = {"m": sizes["metrics.jsonl"] + 7, "e": events + 7, "v": 10}[cut[0]]
+    with files_end_at(limit):
+        if cut[0] == "v":
+            logger.video(30, "playing", frames, tmp_path / "videos" / "1.gif")
+        else:
+            logger.scalars(30, {"a": 30.0, "b": 30.0})
+            with contextlib.suppress(OSError):
+                logger.events().flush()
+    for step in range(31, 40):
+        logger.scalars(step, {"a": float(step)})
+    logger.video(40, "playing", frames, tmp_path / "videos" / "2.gif")
+    logger.close()
+    assert "could not" in capsys.readouterr().err
+    assert {*range(30), *range(32, 40)} <= {line["step"] for line in read_metrics(tmp_path)}
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})
+    events.Reload()
+    assert {*range(30), *range(33, 40)} <= {event.step for event in events.Scalars("a")}
+    assert events.Images("playing")[-1].step == 40
+    assert [path.name for path in tmp_path.glob("videos/*")] == ["2.gif"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_run_that_cannot_log_at_its_start_is_refused_in_one_line(script, finished, tmp_path):
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    with files_end_at(0), pytest.raises(script.UserError, match="cannot write to the run folder .*File too large"):
+        train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "400", "--no-cuda"])
+
+
+def test_a_replay_that_finds_no_room_to_grow_ends_the_run_with_its_progress_saved(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.Replay, "GROWTH", 40)
+    monkeypatch.setattr(script.os, "posix_fallocate", lambda *_: next(rooms) or disk_full())
+    rooms = iter([True, True, False])
+    with pytest.raises(script.UserError, match="no room for the replay.*--resume"):
+        train(script, tmp_path, small(script, checkpoint_interval=1000))
+    (run_dir,) = tmp_path.glob("runs/*")
+    checkpoint = script.load_checkpoint(run_dir)
+    assert checkpoint["replay_rows"] == 80
+    monkeypatch.undo()
+    train(script, tmp_path, ["--resume", str(run_dir)])
+    assert script.load_checkpoint(run_dir)["counters"]["frames"] == 300
 
 
 # FAULTY ENVIRONMENTS

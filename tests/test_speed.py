@@ -262,6 +262,17 @@ def test_on_cuda_the_layers_that_are_products_there_are_convolutions(script):
 
 
 @needs_cuda
+def test_on_cuda_the_latent_state_is_float32_in_bfloat16_too(script):
+    device = torch.device("cuda")
+    learner = make_learner(script, device, precision="bfloat16", compile=False)
+    with script.autocast(learner.args, device):
+        _, post, _ = script.world_model_loss(
+            learner.agent.world_model, make_batch(script, learner.args, 0, device), learner.args
+        )
+    assert {field.dtype for field in post} == {torch.float32}
+
+
+@needs_cuda
 def test_on_cuda_the_replay_mirrors_its_images(script, tmp_path):
     device = torch.device("cuda")
     replay = script.Replay(tmp_path, 40, 2, 1, (3, 64, 64), 3, device)
