@@ -33,12 +33,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 from official_code import VENV, official_python
-from run import InputError, Parser, machine, write
+from run import InputError, Parser, machine, whole, write
 from throughput import ACTIONS, CASES, ROOT, summary
 
 OURS = ("float32", "bfloat16")
@@ -51,12 +50,6 @@ PAUSE = 0.2  # seconds before each turn, in which the threads of the one before 
 
 class WorkerError(Exception):
     """A contestant's process has died; the message is one line."""
-
-
-def at_least(low, text):
-    if not text.isdecimal() or int(text) < low:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} on")
-    return int(text)
 
 
 class Worker:
@@ -164,7 +157,6 @@ def race(case, options, pythons, folder):
 
 def main(argv):
     parser = Parser("compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    above_0, above_1 = partial(at_least, 1), partial(at_least, 2)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--precision", nargs="+", default=OURS, choices=OURS, help="ours")
     parser.add_argument("--sheeprl", nargs="*", default=THEIRS, choices=THEIRS, help="its precision; none: without it")
@@ -172,10 +164,10 @@ def main(argv):
         "--official", action="store_true", help="the official code too, but for V1, which is no package"
     )
     parser.add_argument("--compile", action="store_true", help="ours and SheepRL also compiled; takes minutes to start")
-    parser.add_argument("--rounds", type=above_0, default=5, help="updates of each contestant after the warm-up")
-    parser.add_argument("--threads", type=above_0, default=torch.get_num_threads(), help="default: all cores")
-    parser.add_argument("--batch-size", type=above_0, help="for a try: fewer sequences than the reference")
-    parser.add_argument("--train-seq-len", type=above_1, help="for a try: shorter ones than the reference")
+    parser.add_argument("--rounds", type=whole(1), default=5, help="updates of each contestant after the warm-up")
+    parser.add_argument("--threads", type=whole(1), default=torch.get_num_threads(), help="default: all cores")
+    parser.add_argument("--batch-size", type=whole(1), help="for a try: fewer sequences than the reference")
+    parser.add_argument("--train-seq-len", type=whole(2), help="for a try: shorter ones than the reference")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-compare", help="where SheepRL is or will be")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args(argv)

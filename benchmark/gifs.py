@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from run import Parser
+from run import Parser, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("dreamer_v1_continuous.py", "dreamer_v2_atari.py", "dreamer_v2_continuous.py")
@@ -23,23 +23,27 @@ def main():
     parser.add_argument("script", choices=SCRIPTS)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmark" / "figures")
-    parser.add_argument("--frames", type=int, default=200, help="frames of the playing GIF")
+    parser.add_argument(
+        "--frames", type=whole(2), default=200, help="agent steps that the playing GIF shows, every other one"
+    )
     options = parser.parse_args()
     script = importlib.import_module(options.script.removesuffix(".py"))
     try:
         args = script.load_config(options.run_dir / "config.yaml")
         agent = script.Dreamer.from_pretrained(options.run_dir)
-    except script.UserError as error:
+        steps = np.load(options.run_dir / "replay" / "steps.npy", mmap_mode="r")
+    except (script.UserError, OSError, ValueError) as error:
         parser.error(str(error))
 
-    steps = np.load(options.run_dir / "replay" / "steps.npy", mmap_mode="r")
-    rows = script.load_checkpoint(options.run_dir)["replay_rows"]
-    length, start = args.train_seq_len, max(0, rows - 1500) % len(steps)
-    starts = start + np.linspace(0, min(rows, len(steps)) - start - length, 6).astype(int)
+    rows, length = script.load_checkpoint(options.run_dir)["replay_rows"], args.train_seq_len
+    if rows < length:
+        parser.error(f"{options.run_dir} has stored {rows} steps; a sequence has {length}")
+    starts = np.linspace(max(0, rows - max(1500, length)), rows - length, 6).astype(int)
     window = (starts + np.arange(length)[:, None]) % len(steps)  # (T, 6)
     fields = {
         name: script.torch.from_numpy(np.ascontiguousarray(steps[name][window, 0])) for name in script.Batch._fields
     }
+    fields["is_first"][0] = True  # as in training
     video, imagined, observed = script.open_loop(agent, script.Batch(**fields))
     print(f"mean squared error of imagined frames {imagined:.5f}, of observed ones {observed:.5f}")
 

@@ -11,7 +11,8 @@ steps. Every 250 updates, on episodes not trained on, from the posterior state t
     reward    probability that a caught ball's imagined reward is higher than a missed one's (by chance 0.50)
 
 6,000 updates take 18 minutes on one core. The model keeps PyTorch's own initialisation: with the agents' the ball is
-not drawn in that many updates, so that there is nothing to ask.
+not drawn in that many updates, so that there is nothing to ask. Its weight decay is AdamW's own, 1e-5 an update, ten
+times the agents'.
 """
 
 import argparse

@@ -26,7 +26,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from run import Parser
+from run import Parser, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -61,7 +61,7 @@ def check_run(script, run_dir, seen):
 def main():
     parser = Parser("kill_storm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", default="dreamer_v1_continuous.py", choices=[f"{name}.py" for name in NAMES])
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=whole(1), default=100)
     parser.add_argument("--total-steps", type=int, default=5000)
     parser.add_argument("--floor", type=float, default=None, help="the last evaluation's mean return must exceed this")
     parser.add_argument("--seed", type=int, default=0)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from run import Parser
+from run import InputError, Parser, replacing
 
 COLUMNS = ("hours", "frame", "rss_mib", "open_files", "cpu_seconds")
 
@@ -51,10 +51,16 @@ def main():
         parser.error(f"--run-dir {options.run_dir}: there is no such folder")
     start, rows = time.time(), []
     while time.time() - start < options.hours * 3600 and Path(f"/proc/{options.pid}").exists():
-        with contextlib.suppress(OSError, ValueError, IndexError):  # it ended meanwhile, or writes its first line
+        # It ended meanwhile (KeyError: and its parent does not know yet), or writes its first line.
+        with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
             rows.append(sample(options.pid, options.run_dir, start))
-        with open(options.out, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+        try:
+            with replacing(options.out) as name, open(name, "w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+        except (InputError, OSError) as error:
+            if not rows:
+                parser.error(str(error))
+            print(f"cannot write yet: {error}", file=sys.stderr)
         time.sleep(30)
     data = np.array([row for row in rows if row[0] * 60 > options.warm_up], float)
     if len(data) < 3:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from run import InputError, Parser, frame_count, machine, read_yaml, replacing, write
+from run import InputError, Parser, frame_count, machine, read_yaml, replacing, whole, write
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ["version", "task", "script", "seed", "step", "return", "kind"]
@@ -229,7 +229,8 @@ def claim(rows, source, sources):
     """One run for each seed: two would be averaged into a curve that nobody ran."""
     for key in {(row.script, row.task, row.seed) for row in rows}:
         if sources.setdefault(key, source) != source:
-            raise InputError(f"two runs of {key[0]} on {key[1]} with seed {key[2]}: {sources[key]} and {source}")
+            pair = f"{sources[key]} and {source}"
+            raise InputError(f"two runs of {key[0]} on {key[1]} with seed {key[2]}, {pair}: leave one out")
     return rows
 
 
@@ -336,7 +337,7 @@ def export(args):
     out = Path(args.out)
     if out.suffix != ".csv":
         raise InputError(f"--out {out}: expected a name that ends in .csv")
-    folders = [folder for path in args.inputs for folder in run_folders(Path(path))]
+    folders = list(dict.fromkeys(folder for path in args.inputs for folder in run_folders(Path(path))))
     rows = sorted(load(folders, args.bin, unfinished=True))
     if not rows:
         raise InputError(f"no returns in {', '.join(map(str, folders))}")
@@ -429,7 +430,8 @@ def draw_curves(script, groups, official, floors, out, full=False):
             right = max(right, reference[0][-1]) if full else right
             # Cut at the right edge: what lies beyond it would still stretch the y axis.
             shown = reference[:, reference[0] < right]
-            shown = np.c_[shown, [right, *official_at(reference, right)]] if right >= reference[0][0] else shown
+            if reference[0][0] <= right < reference[0][-1]:
+                shown = np.c_[shown, [right, *official_at(reference, right)]]
             frames, mean, low, high = shown
             axis.fill_between(frames / 1e6, low, high, color=THEIRS, alpha=0.2, linewidth=0)
             axis.plot(frames / 1e6, mean, color=THEIRS, linewidth=1.5, label="official: mean and range")
@@ -509,7 +511,7 @@ def aggregate(scores):
     out = []
     for (script, suite), tasks in sorted(suites.items()):
         seeds = min(map(len, tasks))  # rliable wants a full matrix
-        if seeds * len(tasks) >= 4:
+        if seeds > 1 and seeds * len(tasks) >= 4:  # one seed says nothing about the spread
             matrix = np.array([values[:seeds] for values in tasks]).T
             out.append((script, suite, len(tasks), seeds, *iqm(matrix)))
     return out
@@ -657,7 +659,7 @@ def random_returns(env_id, episodes, seed, repeat, sticky):
         else:
             env = gym.make(env_id)
             hold = repeat or (2 if isinstance(env.action_space, gym.spaces.Box) else 4)
-    except gym.error.Error as error:
+    except (gym.error.Error, ImportError) as error:
         raise InputError(f"{env_id}: {' '.join(str(error).split())}") from None
     env.action_space.seed(seed)
     for episode in range(episodes):
@@ -701,7 +703,9 @@ def parse(argv):
     sub = command("export", export, "run folders to one CSV, with a .json that says how they were made")
     sub.add_argument("inputs", nargs="+", help="run folders, or folders that hold some")
     sub.add_argument("--out", required=True)
-    sub.add_argument("--bin", type=int, default=10_000, help="average training returns over so many frames (0: no)")
+    sub.add_argument(
+        "--bin", type=whole(0), default=10_000, help="average training returns over so many frames (0: no)"
+    )
     for name in ("command", "hardware", "commit"):
         sub.add_argument(f"--{name}", help="for runs that run.py did not start")
     for name, function, about in (
@@ -722,9 +726,9 @@ def parse(argv):
     sub.add_argument("--readme", default=HERE.parent / "README.md")
     sub = command("random", measure_random, "measure what a random policy scores")
     sub.add_argument("--env-ids", nargs="+", required=True)
-    sub.add_argument("--episodes", type=int, default=10)
+    sub.add_argument("--episodes", type=whole(1), default=10)
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--action-repeat", type=int, help="frames an action is held (default: as in the scripts)")
+    sub.add_argument("--action-repeat", type=whole(1), help="frames an action is held (default: as in the scripts)")
     sub.add_argument("--sticky", type=float, default=0.25, help="Atari: chance that the last action is repeated")
     sub.add_argument("--out", default=HERE / "results" / "random_scores.csv")
     return parser.parse_args(argv)

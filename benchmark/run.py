@@ -34,6 +34,7 @@ import yaml
 LOCKED = 75  # EX_TEMPFAIL of sysexits.h
 CONFIGS = {}  # (path, time of its last change) -> settings: the table asks for every run's again and again
 CHILDREN = set()  # the training processes of this process, to be told when it is interrupted
+STOPPING = []  # not empty: it was interrupted, and what starts from now on has to stop
 
 
 class InputError(Exception):
@@ -43,6 +44,17 @@ class InputError(Exception):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def whole(low):
+    """An argument's type: whole numbers from `low` on."""
+
+    def parse(text):
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} on")
+        return int(text)
+
+    return parse
 
 
 def read_yaml(path):
@@ -182,6 +194,8 @@ class Job:
             # In a session of its own, or Ctrl-C in a terminal would reach it twice, the second time while it saves.
             process = subprocess.Popen(command, cwd=self.out, stdout=log, stderr=log, env=env, start_new_session=True)
             CHILDREN.add(process)
+            if STOPPING:
+                process.send_signal(signal.SIGINT)
             while (code := process.poll()) is None:  # not wait(): it would hold its lock while checkpoint() needs it
                 time.sleep(0.1)
             CHILDREN.discard(process)
@@ -208,6 +222,11 @@ def stop_children(seconds):
     CHILDREN.clear()
 
 
+def cores():
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine(root, env):
     """What a figure has to be quoted with: hardware, versions, commit."""
 
@@ -222,13 +241,12 @@ def machine(root, env):
     gpus = "" if visible == "" else ask("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", *only)
     gpus = [f"{len(list(same))}x {name}" for name, same in itertools.groupby(gpus.splitlines())]
     cpu = ask("sed", "-n", "s/^model name.*: //p;T;q", "/proc/cpuinfo") or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = {"python": platform.python_version()}
     for package in ("torch", "numpy", "gymnasium", "ale-py", "dm_control", "mujoco"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     commit = ask("git", "-C", root or ".", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    return {"hardware": ", ".join([*gpus, f"{cores} cores of {cpu}"]), "versions": versions, "commit": commit}
+    return {"hardware": ", ".join([*gpus, f"{cores()} cores of {cpu}"]), "versions": versions, "commit": commit}
 
 
 # LAUNCHERS: one future-like handle (done, result) for each job
@@ -239,7 +257,7 @@ def launch_local(jobs, args):
     for slot in range(args.workers):
         slots.put({"CUDA_VISIBLE_DEVICES": args.gpus[slot % len(args.gpus)]} if args.gpus else {})
     # Torch takes every core by default; runs side by side that all do so are slower than one after the other.
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.workers)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // args.workers)))
 
     def work(job):
         slot = slots.get()
@@ -404,6 +422,7 @@ def main(argv):
             while time.monotonic() < deadline and not all(handle.done() for handle in handles.values()):
                 time.sleep(min(0.5, args.refresh))
     except KeyboardInterrupt:
+        STOPPING.append(True)
         for handle in handles.values():
             if isinstance(handle, concurrent.futures.Future):  # what Slurm was given is left to run
                 handle.cancel()

@@ -11,7 +11,6 @@ what varies in the images. With `--run` it trains nothing and looks at the last 
 """
 
 import argparse
-import dataclasses
 import math
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from run import Parser
+from run import Parser, whole
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dreamer_v2_atari as dreamer  # noqa: E402
@@ -72,7 +71,9 @@ def last_frames(run_dir, batch_size, length):
     start = rng.integers(max(0, total - min(5000, len(steps) // 2)), total - length, size=batch_size)
     env = rng.integers(steps.shape[1], size=batch_size)
     rows = (start + np.arange(length)[:, None]) % len(steps)
-    return dreamer.Batch(*(torch.from_numpy(steps[name][rows, env]) for name in dreamer.Batch._fields))
+    batch = dreamer.Batch(*(torch.from_numpy(steps[name][rows, env]) for name in dreamer.Batch._fields))
+    batch.is_first[0] = True  # as in training
+    return batch
 
 
 def shares(true, shown):
@@ -104,8 +105,8 @@ def measure(model, batch):
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--updates", type=whole(1), default=2000)
+    parser.add_argument("--seed", type=whole(0), default=1)
     parser.add_argument("--contrast", type=float, default=2.0, help="factor on what varies in the images")
     parser.add_argument("--run", type=Path, help="folder of a run on Pong, whose agent is looked at instead")
     parser.add_argument("flags", nargs="*", help="flags of the script, after --")
@@ -120,9 +121,10 @@ def main():
             varies, found = measure(agent.world_model, last_frames(options.run, 64, 16))
             print(f"logits vary by {varies:.4f}, {found}")
             return
-        given = dreamer.parse_args(options.flags)
-        changed = {key: value for key, value in vars(given).items() if value != getattr(dreamer.Args(), key)}
-        args = dreamer.check_args(dataclasses.replace(dreamer.Args(), **SIZES | changed | {"seed": options.seed}))
+        sizes = [word for key, value in SIZES.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        args = dreamer.parse_args([*sizes, "--seed", str(options.seed), *options.flags])
+        if dreamer.atari_game(args.env_id) != "pong":
+            parser.error(f"--env-id {args.env_id}: the places of the objects are Pong's")
     except (dreamer.UserError, OSError) as error:
         parser.error(str(error))
     dreamer.tune_cpu()

@@ -16,6 +16,7 @@ import io
 import json
 import os
 import resource
+import signal
 import statistics
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from run import Parser, machine, write
+from run import InputError, Parser, machine, whole, write
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -94,6 +95,8 @@ def profile(call, repeats=3):
 
 def time_update(script, args, channels, device, repeats):
     """One update of world model, actor and critic, its batch drawn from a replay of random data."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     learner = script.Learner(script.Dreamer(args, channels, ACTIONS).to(device), args, device)
     rng, n = np.random.default_rng(0), args.batch_size * args.train_seq_len
     with tempfile.TemporaryDirectory() as folder:
@@ -137,14 +140,24 @@ def time_env(script, args):
     action = script.random_actions(np.random.default_rng(0), args.num_envs, size)
     seconds = times(lambda: envs.step(action), torch.device("cpu"), 20, 200)
     envs.close()
-    return {"env_step": summary(seconds), "env_frames_per_second": args.action_repeat * args.num_envs / min(seconds)}
+    frames = args.action_repeat * args.num_envs * len(seconds)
+    return {"env_step": summary(seconds), "env_frames_per_second": frames / sum(seconds)}
 
 
 def time_loop(script, args, frames):
-    """Frames per second of the whole training loop at its default schedule, after the seed frames and the warm-up."""
-    total = args.seed_steps + frames
+    """Frames per second of the whole training loop at its default schedule, after the seed frames and the warm-up.
+
+    From the first update of a training phase to that of a later one: V1 has 100 updates in each.
+    """
+    warm = 10 // args.update_steps  # phases: the first updates compile, capture and fill caches
+    step = args.action_repeat * args.num_envs
+    total = args.seed_steps + (frames or max(1000, (warm + 2) * args.collect_steps + step))
     args = dataclasses.replace(args, total_steps=total, eval_every=0, checkpoint_interval=10 * total, pretrain=5)
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+        contextlib.redirect_stderr(io.StringIO()) as log,
+    ):
         marks = []
 
         class Timed(script.Learner):
@@ -153,16 +166,20 @@ def time_loop(script, args, frames):
                 return super().__call__(batch)
 
         original, script.Learner = script.Learner, Timed
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         try:
             script.main(args)
         finally:
             script.Learner = original
-        warm = 10 + args.pretrain  # the first updates compile, capture and fill caches
-        if len(marks) < warm + 2:
-            print(f"error: --loop-frames {frames} makes {len(marks)} updates, {warm + 2} are needed", file=sys.stderr)
-            sys.exit(2)
-        frames_each = args.collect_steps / args.update_steps
-        return {"loop_frames_per_second": (len(marks) - 1 - warm) * frames_each / (marks[-1] - marks[warm])}
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    if "stopped and saved" in log.getvalue():
+        raise KeyboardInterrupt
+    phases = marks[args.pretrain :: args.update_steps][warm:]
+    if len(phases) < 2:
+        least = (warm + 2) * args.collect_steps + step
+        raise InputError(f"--loop-frames {frames} is too few for {script.__name__}: it needs {least}")
+    return {"loop_frames_per_second": (len(phases) - 1) * args.collect_steps / (phases[-1] - phases[0])}
 
 
 def main():
@@ -171,9 +188,9 @@ def main():
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: graph+compile; on the CPU: eager")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--loop-frames", type=int, default=1000)
-    parser.add_argument("--num-envs", type=int, default=1)
+    parser.add_argument("--repeats", type=whole(1), default=5)
+    parser.add_argument("--loop-frames", type=whole(1), help="after the seed frames (default: 1000, V1 what it needs)")
+    parser.add_argument("--num-envs", type=whole(1), default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
@@ -181,7 +198,10 @@ def main():
     modes = options.modes or (["graph+compile"] if device.type == "cuda" else ["eager"])
     if device.type == "cpu" and any("graph" in mode for mode in modes):
         parser.error("--modes: there are no graphs without CUDA: eager or compile")
-    rows = []
+    report = {"command": " ".join(["python", *sys.argv]), "threads": torch.get_num_threads()}
+    report |= {**machine(ROOT, os.environ), "rows": []}
+    if options.out:
+        write(options.out, json.dumps(report, indent=1))
     for case in options.cases:
         name, env_id, sizes = CASES[case]
         script = importlib.import_module(name)
@@ -204,7 +224,9 @@ def main():
                     row |= time_env(script, args)
                 if "loop" in options.parts:
                     row |= time_loop(script, args, options.loop_frames)
-                rows.append(row)
+                report["rows"].append(row)
+                if options.out:
+                    write(options.out, json.dumps(report, indent=1))
                 figures = [
                     f"{key} {value['median'] * 1000:.2f} ms" if isinstance(value, dict) else f"{key} {value:.2f}"
                     for key, value in row.items()
@@ -212,11 +234,10 @@ def main():
                 ]
                 print(f"{case:<9} {precision:<9} {mode:<14}", ", ".join(figures), flush=True)
 
-    if options.out:
-        report = {"command": " ".join(["python", *sys.argv]), "threads": torch.get_num_threads()}
-        report |= {**machine(ROOT, os.environ), "rows": rows}
-        write(options.out, json.dumps(report, indent=1))
-
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(f"throughput.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -731,14 +732,47 @@ def test_objects_of_pong_are_told_apart(tmp_path):
     assert 0.5 < found.pop("shown") < 0.95 and found == ones | {"own paddle": 0.0}
 
 
+@pytest.mark.parametrize(("collect", "updates"), [(1000, 100), (10, 1)])
+def test_the_loops_rate_counts_whole_phases(collect, updates, monkeypatch):
+    """A loop on a clock of its own: 0.01 s a frame and 1 s an update, in bursts or one by one."""
+    import throughput
+
+    import dreamer_v2_atari
+
+    now = [0.0]
+
+    class Learner:
+        def __call__(self, batch):
+            now[0] += 1
+
+    def main(args):
+        learner, due = script.Learner(), args.seed_steps
+        for frame in range(0, args.total_steps, 2):
+            if frame >= due:
+                for _ in range(args.pretrain if due == args.seed_steps else updates):
+                    learner(None)
+                due += collect
+            now[0] += 0.02
+
+    script = types.SimpleNamespace(__name__="script", Learner=Learner, main=main)
+    args = dreamer_v2_atari.Args(action_repeat=2, seed_steps=100, collect_steps=collect, update_steps=updates)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    rate = throughput.time_loop(script, args, None)["loop_frames_per_second"]
+    assert rate == pytest.approx(collect / (updates + 0.01 * collect))
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["throughput.py", "--parts", "nonsense"], ["--parts", "nonsense"]),
         (["throughput.py", "--modes", "fast"], ["--modes", "fast"]),
+        (["throughput.py", "--num-envs", "0"], ["--num-envs", "'0'"]),
+        (["throughput.py", "--out", "/proc/nowhere/x.json"], ["/proc/nowhere/x.json"]),
         (["compare.py", "--rounds", "0"], ["--rounds", "'0'"]),
         (["compare.py", "--cases", "V3"], ["--cases", "'V3'"]),
         (["kill_storm.py", "--script", "nope.py"], ["--script", "nope.py"]),
+        (["seen_objects.py", "--", "--env-id", "BoxingNoFrameskip-v4"], ["BoxingNoFrameskip-v4"]),
+        (["plot.py", "random", "--env-ids", "nomodule:Foo-v0", "--out", "no.csv"], ["nomodule"]),
         (["gifs.py", "nope.py", "."], ["script", "nope.py"]),
         (["gifs.py", "dreamer_v2_atari.py", "nope"], ["nope"]),
         (["official_world_model.py", "--updates", "0"], ["--updates 0"]),
