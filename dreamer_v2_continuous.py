@@ -230,7 +230,7 @@ def load_config(path: Path) -> Args:
     fields = {field.name: field.type for field in dataclasses.fields(Args)}
     for key, value in values.items():
         if key not in fields:
-            raise UserError(f"unknown key {key!r} in {path}; `--help` lists the flags")
+            raise UserError(f"unknown key {key!r} in {path} (another script's?); `--help` lists the flags")
         kind = fields[key]
         try:
             if get_origin(kind) is Literal:
@@ -998,7 +998,7 @@ class Replay:
             self.steps = np.lib.format.open_memmap(self.path, mode, self.fields, (self.rows, num_envs))
             if self.steps.dtype != self.fields or self.steps.shape != (self.rows, num_envs):
                 flags = "replay_capacity, num_envs, action_repeat or checkpoint_interval"
-                raise ValueError(f"it was written with another environment, {flags}")
+                raise ValueError(f"it was written with another environment, {flags}: give those of its config.yaml")
         except (OSError, ValueError, OverflowError) as error:
             raise UserError(f"cannot open the replay {self.path}: {error}") from None
         self.reserved = 0
@@ -1248,8 +1248,8 @@ class Dreamer(nn.Module):
     def load(self, checkpoint: dict) -> None:
         try:
             self.load_state_dict(checkpoint["agent"])
-        except RuntimeError as error:
-            raise UserError(f"the checkpoint has other sizes than the flags: {str(error).split(': ')[1]}") from None
+        except RuntimeError:
+            raise UserError("the checkpoint has other sizes, layers or heads than the flags: leave those out") from None
 
     def parameter_count(self) -> int:
         """Number of trained values."""
@@ -1470,7 +1470,7 @@ class Learner:
 # CHECKPOINT, LOGGING, EVALUATION
 
 
-FORMAT = f"{Path(__file__).stem} 2"  # raised when checkpoints change so that old ones cannot be read
+FORMAT = "dreamer_v2_continuous 2"  # raised when checkpoints change so that old ones cannot be read
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -1507,7 +1507,7 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
         raise UserError(f"cannot read the checkpoint {path}: {' '.join(str(error).split())[:120]}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this version of {Path(__file__).name}")
+        raise UserError(f"{path} is not a checkpoint of this version of {Path(__file__).name} ({FORMAT})")
     return checkpoint
 
 
@@ -1517,6 +1517,24 @@ def gif(frames: np.ndarray, fps: int = 20) -> bytes:
     file = io.BytesIO()
     images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
     return file.getvalue()
+
+
+class Console:
+    """Standard output or error: a full disk, a closed terminal or a broken pipe behind it must not end a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the last: None, if closed from the start
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
+
+    def isatty(self) -> bool:
+        return bool(self.stream) and self.stream.isatty()
 
 
 class Logger:
@@ -1553,7 +1571,7 @@ class Logger:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         finite = {key: round(value, 6) if math.isfinite(value) else None for key, value in values.items()}
         try:
-            size = self.path.stat().st_size
+            size = self.path.stat().st_size if self.path.exists() else 0
             try:
                 with open(self.path, "a") as file:
                     file.write(json.dumps({"step": step} | finite) + "\n")
@@ -1783,12 +1801,18 @@ def discard_refused(run_dir: Path) -> None:
 
 def open_run(args: Args, stack: contextlib.ExitStack) -> tuple[Path, dict | None]:
     """The run folder, locked until `stack` closes: a new one, or the one to resume with its checkpoint."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume or "runs/" + re.sub(r"[^\w.=+-]+", "-", name).lstrip(".-"))
+    run_dir, now = Path(args.resume), int(time.time())
     try:
-        if not args.resume:
-            run_dir.mkdir(parents=True)
+        while not args.resume:
+            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
+            run_dir = Path("runs", re.sub(r"[^\w.=+-]+", "-", name).lstrip(".-"))
+            try:
+                run_dir.mkdir(parents=True)
+            except FileExistsError:  # another run began in the same second
+                now += 1
+                continue
             stack.callback(discard_refused, run_dir)
+            break
         folder = os.open(run_dir, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"cannot open the run folder {run_dir}: {error.strerror}") from None
@@ -1821,19 +1845,24 @@ def tune_cpu() -> None:
         mallopt(-4, 0)  # M_MMAP_MAX: freed memory is kept rather than mapped anew at each update (about 1 GB at full
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: size)
         mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads
-    # oneDNN's products instead of MKL's, which are slow on AMD. "bf16" only permits less precision: without AMX oneDNN
-    # still computes in float32, so the setting is left alone where there is AMX.
-    with contextlib.suppress(AttributeError):  # an older torch
-        if not torch.cpu.get_capabilities().get("amx_bf16", True):
+    # oneDNN's products instead of MKL's, which are slow on AMD; on Intel MKL's are as fast, and those of a step of the
+    # policy faster. "bf16" only permits less precision: without AMX oneDNN still computes in float32.
+    with contextlib.suppress(OSError, AttributeError):  # no Linux; an older torch
+        amx = torch.cpu.get_capabilities().get("amx_bf16", True)
+        if "AuthenticAMD" in Path("/proc/cpuinfo").read_text() and not amx:
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
 def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None:
     """The training loop: act, learn, step, store, log, evaluate, save. `stack` closes what it opens."""
     # SETUP
+    for redirect, stream in ((contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)):
+        stack.enter_context(redirect(Console(stream)))
     rng = np.random.default_rng(args.seed)
     image_shape, action_size = probe_env(args)
     run_dir, checkpoint = open_run(args, stack)
+    if checkpoint and (checkpoint["channels"], checkpoint["action_size"]) != (image_shape[0], action_size):
+        raise UserError(f"{run_dir} is of another environment: {args.env_id} has other images or actions")
     agent = Dreamer(args, image_shape[0], action_size).to(device)
     if checkpoint:
         agent.load(checkpoint)

@@ -15,6 +15,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -24,6 +25,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.running import (
+    ROOT,
     SCRIPTS,
     SMALL,
     as_flags,
@@ -681,6 +683,27 @@ def test_a_replay_that_finds_no_room_to_grow_ends_the_run_with_its_progress_save
     monkeypatch.undo()
     train(script, tmp_path, ["--resume", str(run_dir)])
     assert script.load_checkpoint(run_dir)["counters"]["frames"] == 300
+
+
+@pytest.mark.parametrize("broken", ["/dev/full", "closed", "pipe"])
+def test_output_that_cannot_be_written_does_not_end_a_run(script, broken, tmp_path):
+    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *small(script, eval_every=100)]
+    if broken == "closed":
+        command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command]
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = open("/dev/full", "w") if broken == "/dev/full" else writer  # noqa: SIM115
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=stream, stderr=stream)
+    os.close(writer)
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert script.load_checkpoint(run_dir)["counters"]["frames"] == 300
+
+
+def test_runs_that_begin_in_the_same_second_do_not_meet(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.time, "time", lambda: 1_700_000_000.0)
+    args = small_args(script)
+    with contextlib.chdir(tmp_path), contextlib.ExitStack() as stack:
+        assert script.open_run(args, stack)[0] != script.open_run(args, stack)[0]
 
 
 # FAULTY ENVIRONMENTS

@@ -27,11 +27,13 @@ BETWEEN_THE_V2_SCRIPTS = {
     "Actor.forward": "the distribution",
     "draw_starts": "Atari gives priority to the ends of episodes",
     "world_model_loss": "games' rewards pass through tanh",
+    "FORMAT": "the script's name",
     "action_metrics": "what a collapsed policy looks like",
     "diagnose": "what a collapsed policy looks like",
     "Dreamer.policy": "exploration by random actions or by additive noise",
 }
 BETWEEN_V1_AND_V2_CONTINUOUS = {
+    "FORMAT": "the script's name",
     "Args": "the two algorithms' flags and defaults",
     "check_args": "the two algorithms' flags",
     "init_weights": "V1's GRU is PyTorch's, with orthogonal recurrent weights",
