@@ -5,8 +5,8 @@
 The official code is dreamerv2 2.2.0 from PyPI, run by TensorFlow 2.15 on one thread in a virtual environment that is
 made on first use (`requirements-official.txt`; Python 3.9 to 3.11). Sizes and learning rate are those of
 seen_objects.py, the rest is the Atari defaults and the paper's reward regression, in float32. Initial weights and the
-draws of latents are each code's own; the data are the same, batch by batch. At the end it prints, for
-every 200 updates, what seen_objects.py prints, for both. 6,000 updates take 25 minutes, with a core for each.
+draws of latents are each code's own; the data are the same, batch by batch. At the end it prints, for every 200
+updates, what seen_objects.py prints, for both. 6,000 updates take 25 minutes, with a core for each.
 """
 
 import argparse

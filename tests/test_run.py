@@ -575,11 +575,8 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_the_run_goes_on(script, t
     run_dir = train(script, tmp_path, small(script, total_steps=80, replay_capacity=40, units=256))
     before = (run_dir / "checkpoint.pt").read_bytes()
     assert (run_dir / "replay" / "steps.npy").stat().st_size < len(before) // 2
-    limit, refused = (
-        len(before) // 2,
-        pytest.raises(script.UserError, match="could not save frame 160.*free some space"),
-    )
-    with files_end_at(limit), refused:
+    refused = pytest.raises(script.UserError, match="could not save frame 160.*free some space")
+    with files_end_at(len(before) // 2), refused:
         train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "160"])
     assert (run_dir / "checkpoint.pt").read_bytes() == before
     assert not list(run_dir.glob("*.tmp"))
@@ -690,11 +687,13 @@ def test_output_that_cannot_be_written_does_not_end_a_run(script, broken, tmp_pa
     command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *small(script, eval_every=100)]
     if broken == "closed":
         command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command]
-    reader, writer = os.pipe()
+    reader, stream = os.pipe()
     os.close(reader)
-    stream = open("/dev/full", "w") if broken == "/dev/full" else writer  # noqa: SIM115
+    if broken == "/dev/full":
+        os.dup2(full := os.open(broken, os.O_WRONLY), stream)
+        os.close(full)
     subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=stream, stderr=stream)
-    os.close(writer)
+    os.close(stream)
     (run_dir,) = tmp_path.glob("runs/*")
     assert script.load_checkpoint(run_dir)["counters"]["frames"] == 300
 
