@@ -53,6 +53,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -297,9 +298,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
         except SystemExit as stop:
             if not stop.code:  # --help
                 raise
-            text = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
-            message = " ".join(text[: next((i for i, line in enumerate(text) if line[:1] in "─╰"), None)])
-            raise UserError(f"{message} (--help lists the flags)") from None
+            text = "\n".join(line.strip("│ ") for line in box.getvalue().splitlines()[1:])
+            message, *hints = re.split("\n[─╰].*", text)
+            meant = [flag for hint in hints if "you meant" in hint for flag in re.findall("^--[a-z-]+", hint, re.M)]
+            mend = f"perhaps {' or '.join(meant)}?" if meant else "--help lists the flags; switches: --flag, --no-flag"
+            raise UserError(f"{message} ({mend})") from None
 
     args = parse(Args())
     run_dir = args.resume or args.evaluate
@@ -411,9 +414,6 @@ class Pixels(gym.Wrapper):
 
 def make_env(args: Args) -> gym.Env:
     """One environment with pixels (3, 64, 64) uint8 and one-hot actions; `UserError` for an unsuitable one."""
-    if multiprocessing.parent_process() is not None:  # a worker leaves Ctrl-C and the scheduler's signals to the script
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     if args.env_id.startswith(("dmc/", "dm_control/")):
         raise UserError(f"{args.env_id} has continuous actions, which dreamer_v2_continuous.py takes")
@@ -431,6 +431,9 @@ def make_env(args: Args) -> gym.Env:
     return Pixels(env, args.action_repeat)
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, the scheduler's end, its warning before
+
+
 def make_envs(args: Args, num_envs: int, workers: bool = False) -> gym.vector.VectorEnv:
     """Environments side by side. NEXT_STEP autoreset: the last observation is a row of its own, then comes the reset's.
 
@@ -439,7 +442,14 @@ def make_envs(args: Args, num_envs: int, workers: bool = False) -> gym.vector.Ve
     if game := atari_game(args.env_id):
         return Atari(args, game, num_envs)
     thunks = [lambda: make_env(args)] * num_envs
-    return gym.vector.AsyncVectorEnv(thunks, context="spawn") if workers else gym.vector.SyncVectorEnv(thunks)
+    if not workers:
+        return gym.vector.SyncVectorEnv(thunks)
+    resource_tracker.ensure_running()  # started later, it would unblock the signals
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # workers inherit this: these are the script's
+    try:
+        return gym.vector.AsyncVectorEnv(thunks, context="spawn")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def group_sizes(args: Args) -> list[int]:
@@ -460,7 +470,8 @@ def probe_env(args: Args) -> tuple[tuple[int, ...], int]:
         raise
     except Exception as error:  # whatever a third party's environment raises
         no_gl = re.search("EGL|OpenGL|eglQuery|glGetError|OSMesa", str(error))
-        hint = "apt-get install --no-install-recommends libegl1 libgl1" if no_gl else "--help says what --env-id takes"
+        mend = "ids end in a version, like Pendulum-v1, or begin with dmc/, ALE/ or atari/"
+        hint = "apt-get install --no-install-recommends libegl1 libgl1" if no_gl else mend
         raise UserError(f"cannot use {args.env_id}: {type(error).__name__}: {str(error)[:300]} ({hint})") from None
     return envs.single_observation_space.shape, int(gym.spaces.flatdim(envs.single_action_space))
 
@@ -1823,6 +1834,8 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         counters.last_train = args.seed_steps - args.collect_steps
     if args.cuda and device.type == "cpu":
         print("no CUDA device: training on the CPU", file=sys.stderr)
+    if counters.frames >= args.total_steps:
+        print(f"{run_dir} has all its {args.total_steps} frames: raise --total-steps to go on", file=sys.stderr)
     logger = Logger(run_dir, args, counters.frames, checkpoint["metrics_size"] if checkpoint else 0)
     stack.callback(logger.close)
     write_config(run_dir, args)
@@ -1859,7 +1872,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         signal.signal(number, signal.SIG_DFL)  # the second one stops at once
         stop_signals.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, stop)
 
     # TRAINING LOOP

@@ -54,8 +54,11 @@ def assert_refused(script, folder, flags, fragment):
 @pytest.mark.parametrize(
     ("flags", "fragment"),
     [
-        (["--no-such-flag"], "no-such-flag"),
+        (["--no-such-flag"], "no-such-flag.*--help"),
         (["--no-such-flag", "3"], "no-such-flag"),
+        (["--total-step", "3"], "total-step, 3.*perhaps --total-steps\\?"),
+        (["--discoun", "0.9"], "discoun, 0.9.*perhaps --discount( or|\\?)"),
+        (["--cuda", "False"], "False.*--no-flag"),
         (["walker-walk"], "walker-walk"),
         (["--units"], "units"),
         (["--config"], "config.*expected 1 value"),
@@ -319,6 +322,7 @@ ENVIRONMENTS = [
     ("", "env-id|cannot use"),
     (":", "cannot use|env-id"),
     ("/", "cannot use|env-id"),
+    ("Pendulum", "cannot use.*ids end in a version"),
     ("a b\nc", "cannot use"),
 ]
 CONTINUOUS_ONLY = [

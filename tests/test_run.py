@@ -431,9 +431,10 @@ def test_a_run_that_another_process_is_in_is_refused(script, copy, tmp_path):
     train(script, tmp_path, ["--resume", str(copy), "--total-steps", "360"])
 
 
-def test_resuming_a_finished_run_changes_no_weight_and_ends(script, copy, tmp_path):
+def test_resuming_a_finished_run_changes_no_weight_and_says_so(script, copy, tmp_path, capsys):
     before = script.load_checkpoint(copy)
     train(script, tmp_path, ["--resume", str(copy)])
+    assert "raise --total-steps" in capsys.readouterr().err
     after = script.load_checkpoint(copy)
     assert after["counters"]["frames"] == before["counters"]["frames"]
     assert all(torch.equal(after["agent"][name], before["agent"][name]) for name in before["agent"])
@@ -472,6 +473,22 @@ def test_a_signal_saves_and_ends_within_ten_seconds(script, number, changes, who
     frames = script.load_checkpoint(run_dir)["counters"]["frames"]
     advice = [line for line in errors.splitlines() if f"--resume {run_dir.relative_to(tmp_path)}" in line]
     assert len(advice) == 1 and f"saved at frame {frames}" in advice[0]
+
+
+def test_ctrl_c_while_workers_start_saves_too(script, tmp_path):
+    """In a terminal it reaches the workers as well, which are importing then."""
+    with started(script, tmp_path, small(script, total_steps=1_000_000, num_envs=2)) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("runs/*/config.yaml")) and time.monotonic() < deadline:  # the end of the set-up
+            time.sleep(0.05)
+        time.sleep(0.7)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert_group_is_gone(process)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors and "started again" not in errors
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert script.load_checkpoint(run_dir)["counters"]["env_restarts"] == 0
 
 
 def test_a_second_ctrl_c_stops_at_once(script, tmp_path):
