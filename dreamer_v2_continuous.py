@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.13"
 # dependencies = [
 #   "torch==2.13.0",
 #   "numpy==2.4.6",
@@ -7,7 +7,7 @@
 #   "opencv-python-headless==5.0.0.93",
 #   "mujoco==3.17.0",
 #   "imageio==2.38.1",
-#   "dm_control==1.0.50",
+#   "dm_control==1.0.50;python_version<'3.13'",
 #   "ale-py==0.12.1",
 #   "pygame-ce==2.5.8",
 #   "tyro==1.0.16",
@@ -485,10 +485,12 @@ def probe_env(args: Args) -> tuple[tuple[int, ...], int]:
     except UserError:
         raise
     except Exception as error:  # whatever a third party's environment raises
-        no_gl = re.search("EGL|OpenGL|eglQuery|glGetError|OSMesa", str(error))
         mend = "ids end in a version, like Pendulum-v1, or begin with dmc/, ALE/ or atari/"
-        hint = "apt-get install --no-install-recommends libegl1 libgl1" if no_gl else mend
-        raise UserError(f"cannot use {args.env_id}: {type(error).__name__}: {str(error)[:300]} ({hint})") from None
+        if re.search("EGL|OpenGL|eglQuery|glGetError|OSMesa", str(error)):
+            mend = "apt-get install --no-install-recommends libegl1 libgl1"
+        elif "No module named 'dm_control'" in str(error):  # labmaze, which it requires, has no wheel for 3.13
+            mend = "Python 3.13 and newer: pip install dm-env lxml scipy, then pip install --no-deps dm_control==1.0.50"
+        raise UserError(f"cannot use {args.env_id}: {type(error).__name__}: {str(error)[:300]} ({mend})") from None
     return envs.single_observation_space.shape, int(gym.spaces.flatdim(envs.single_action_space))
 
 

@@ -330,7 +330,8 @@ def test_a_run_killed_at_any_moment_resumes_from_its_last_checkpoint(script, tmp
                 assert process.returncode == 0, errors
         (run_dir,) = tmp_path.glob("runs/*")
         checkpoint = script.load_checkpoint(run_dir)
-        assert checkpoint["counters"]["frames"] > frames and checkpoint["learner"]["updates"] > 0
+        assert checkpoint["counters"]["frames"] > frames
+        assert checkpoint["learner"]["updates"] > 0 or not round  # the first checkpoint comes before any
         frames, stored = checkpoint["counters"]["frames"], stored_rows(script, run_dir)
         if rows is not None:
             assert len(stored) > len(rows)
