@@ -1837,7 +1837,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
     if args.cuda and device.type == "cpu":
         print("no CUDA device: training on the CPU", file=sys.stderr)
     if counters.frames >= args.total_steps:
-        print(f"{run_dir} has all its {args.total_steps} frames: raise --total-steps to go on", file=sys.stderr)
+        print(f"{run_dir} has its {args.total_steps} frames: --evaluate it, or raise --total-steps", file=sys.stderr)
     logger = Logger(run_dir, args, counters.frames, checkpoint["metrics_size"] if checkpoint else 0)
     stack.callback(logger.close)
     write_config(run_dir, args)
