@@ -1490,6 +1490,12 @@ class Console:
     def isatty(self) -> bool:
         return bool(self.stream) and self.stream.isatty()
 
+    def close(self) -> None:
+        """Leaves the stream open: absl, which dm_control imports, closes at the end what standard error was then."""
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
 
 class Logger:
     """One line of metrics at a time to metrics.jsonl and TensorBoard (and, through it, to wandb)."""

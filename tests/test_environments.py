@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from tests.running import CONTINUOUS, SCRIPTS, contents, env_id, is_discrete, load, small, small_args, train
+from tests.running import CONTINUOUS, SCRIPTS, contents, env_id, is_discrete, load, small, small_args, start, train
 
 ACTION_SIZES = {"acrobot": 1, "cartpole": 1, "cheetah": 6, "ball_in_cup": 2, "finger": 2, "hopper": 4, "pendulum": 1}
 ACTION_SIZES |= {"quadruped": 12, "reacher": 2, "walker": 6}
@@ -305,6 +305,15 @@ def test_the_gl_backend_is_what_the_user_set_else_egl_else_osmesa(continuous, li
 
 
 # TRAINING ON THEM
+
+
+def test_a_short_run_ends_without_a_word_of_trouble(continuous, tmp_path):
+    """In a process of its own: what dm_control imports has a say at its end."""
+    flags = small(continuous, env_id="dmc/reacher-easy", total_steps=60, seed_steps=40, replay_capacity=60)
+    process = start(continuous, tmp_path, flags)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors and "Error" not in errors, errors
 
 
 @pytest.mark.parametrize("name", ["dmc/reacher-easy", "Pendulum-v1"])
