@@ -605,7 +605,8 @@ def readme(args):
         raise InputError(f"{path}: expected one {MARKERS[0]} and, after it, one {MARKERS[1]}")
     files = result_files(args.results)
     rows = load(files)
-    written = [*tables(rows, args.kind, not args.no_iqm), measured_with(files)]
+    folded = "<details><summary>How each curve was made: hours, hardware, commit, command</summary>"
+    written = [*tables(rows, args.kind, not args.no_iqm), folded, measured_with(files), "</details>"]
     images = [os.path.relpath(image, path.absolute().parent) for image in figures(rows, args)]
     parts = ["<!-- written by `python benchmark/plot.py readme`: do not edit -->"]
     parts += [*(f"![{Path(image).stem}]({image})" for image in images), *written]
