@@ -30,6 +30,8 @@ Official code: https://github.com/danijar/dreamerv2
 Steps are environment frames, action repeat included. Sequences are time-major, (T, B, ...); imagined ones are
 (H, N, ...) with N = T * B start states. Index t of a sequence holds the observation x_t, the action a_t that LED to it,
 and the reward r_t received on arriving there.
+
+The algorithm alone: `RSSM` and `observe`, the functions under LOSSES, `Learner.update`, and the loop of `train`.
 """
 
 import contextlib
