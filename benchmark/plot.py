@@ -495,7 +495,7 @@ def draw_atari(scores, out):
     several = len({e.group.script for e, *_ in entries}) > 1
     names = [f"{n} ({e.group.script})" if several else n for n, (e, *_) in zip(names, entries, strict=True)]
     axis.set_yticks(range(len(entries)), names)
-    axis.set_xlabel("human-normalised score (0: random policy, 1: human player)")
+    axis.set_xlabel("human-normalised score\n(0: random policy, 1: human player)")
     legend_below(figure, 4)
     return save(figure, Path(out, "atari_human_normalised.png"))
 
