@@ -732,6 +732,29 @@ def test_objects_of_pong_are_told_apart(tmp_path):
     assert 0.5 < found.pop("shown") < 0.95 and found == ones | {"own paddle": 0.0}
 
 
+def test_rewards_are_found_and_told_apart(tmp_path, monkeypatch):
+    import imagined_rewards
+
+    reward, is_first = np.zeros((100, 2)), np.zeros((100, 2), bool)
+    reward[50, 0], reward[30, 1], reward[33, 1], reward[70, 1], is_first[73, 1] = -1, 1, 1, 1, True
+    reward[5, 0], reward[97, 0], reward[85, 1] = 1, 1, 5  # near the edges, where no step is taken, and after a reset
+    found = imagined_rewards.spans(reward, is_first, 10, 4)
+    assert found["negative"].tolist() == [[50, 0]] and found["positive"].tolist() == [[85, 1]]
+    zeros = {(t, 0) for t in (*range(16, 46), *range(61, 93))} | {(t, 1) for t in (*range(10, 26), *range(44, 66))}
+    assert set(map(tuple, found["zero"].tolist())) == zeros
+    assert imagined_rewards.told_apart(np.array([0.0, 1.0]), np.array([1.0, 2.0])) == 0.875
+
+    args = imagined_rewards.dreamer.Args(cnn_depth=2, units=8, deter_size=8, stoch_size=2, num_classes=2)
+    model = imagined_rewards.dreamer.Dreamer(args, 1, 3).world_model
+    monkeypatch.setattr(model.reward, "mean", lambda feat: feat.new_ones(feat.shape[:-1]))
+    steps = np.zeros((60, 2), [("image", "u1", (1, 64, 64)), ("action", "f4", (3,)), ("reward", "f4")])
+    steps["reward"][50, 1] = -1
+    true, seen, imagined = imagined_rewards.predict(model, steps, np.array([[40, 0], [50, 1]]), 3)
+    assert true.tolist() == [0, np.tanh(np.float32(-1))] and seen.tolist() == [1, 1]
+    assert imagined.tolist() == [3 + imagined_rewards.AFTER] * 2
+    one_line_error(call("imagined_rewards.py", tmp_path), "checkpoint")
+
+
 @pytest.mark.parametrize(("collect", "updates"), [(1000, 100), (10, 1)])
 def test_the_loops_rate_counts_whole_phases(collect, updates, monkeypatch):
     """A loop on a clock of its own: 0.01 s a frame and 1 s an update, in bursts or one by one."""
