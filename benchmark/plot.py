@@ -28,6 +28,7 @@ import numpy as np
 from run import InputError, Parser, frame_count, machine, read_yaml, replacing, whole, write
 
 HERE = Path(__file__).resolve().parent
+RANDOM_COLUMNS = ["env_id", "action_repeat", "mean", "std", "episodes"]
 COLUMNS = ["version", "task", "script", "seed", "step", "return", "kind"]
 SCRIPTS = ("dreamer_v1_continuous", "dreamer_v2_atari", "dreamer_v2_continuous")
 OURS, THEIRS, FLOOR = "#d1495b", "#8a8a8a", "#30638e"
@@ -107,13 +108,43 @@ def read_normalizers():
 
 
 def read_floors(path=None):
-    """{task: mean return of a random policy}: measured where it was, else the published figure."""
-    floors = {task: scores[0] for task, scores in read_normalizers().items()}
+    """{(task, action repeat): mean return of a random policy}: measured where it was, else the published figure."""
+    floors = {(task, usual_repeat(task)): scores[0] for task, scores in read_normalizers().items()}
     path = path or HERE / "results" / "random_scores.csv"
     if Path(path).exists():
-        rows = read_csv(path, ["env_id", "mean", "std", "episodes"])
-        floors |= {task_name(row["env_id"]): number(row["mean"], path) for row in rows}
+        for row in read_csv(path, RANDOM_COLUMNS):
+            key = task_name(row["env_id"]), int(number(row["action_repeat"], path))
+            floors[key] = number(row["mean"], path)
     return floors
+
+
+def usual_repeat(task):
+    return 4 if task.startswith("atari_") else 2
+
+
+def read_repeats(paths):
+    """{(task, script): action repeat} of run folders and of CSV files that have a sidecar."""
+    repeats = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            for folder in run_folders(path):
+                _, task, script, *_ = describe(folder)
+                repeats[task, script] = read_yaml(folder / "config.yaml").get("action_repeat")
+        elif path.with_suffix(".json").exists():
+            try:
+                sidecar = json.loads(path.with_suffix(".json").read_text())
+                for run in sidecar["runs"]:
+                    config = sidecar["common_config"] | run["config"]
+                    repeats[run["task"], run["script"]] = config.get("action_repeat")
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{path.with_suffix('.json')}: not what `plot.py export` writes") from None
+    return {key: repeat for key, repeat in repeats.items() if repeat}
+
+
+def floor_of(group, floors, repeats):
+    """(action repeat, what a random policy returns with it or None)"""
+    repeat = repeats.get((group.task, group.script), usual_repeat(group.task))
+    return repeat, floors.get((group.task, repeat))
 
 
 def task_name(env_id):
@@ -415,7 +446,7 @@ def legend_below(figure, columns):
     figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=columns, fontsize=8)
 
 
-def draw_curves(script, groups, official, floors, out, full=False):
+def draw_curves(script, groups, official, floors, repeats, out, full=False):
     plt = pyplot()
     columns = min(4, len(groups))
     lines = math.ceil(len(groups) / columns)
@@ -435,8 +466,8 @@ def draw_curves(script, groups, official, floors, out, full=False):
             frames, mean, low, high = shown
             axis.fill_between(frames / 1e6, low, high, color=THEIRS, alpha=0.2, linewidth=0)
             axis.plot(frames / 1e6, mean, color=THEIRS, linewidth=1.5, label="official: mean and range")
-        if group.task in floors:
-            axis.axhline(floors[group.task], color=FLOOR, linewidth=1, linestyle=":", label="random policy")
+        if (floor := floor_of(group, floors, repeats)[1]) is not None:
+            axis.axhline(floor, color=FLOOR, linewidth=1, linestyle=":", label="random policy")
         for steps, returns in seeds.values():
             axis.plot(steps / 1e6, returns, color=OURS, linewidth=0.6, alpha=0.25)
         if curve := mean_and_range(seeds):
@@ -511,18 +542,19 @@ def aggregate(scores):
     out = []
     for (script, suite), tasks in sorted(suites.items()):
         seeds = min(map(len, tasks))  # rliable wants a full matrix
-        if seeds > 1 and seeds * len(tasks) >= 4:  # one seed says nothing about the spread
+        if seeds > 2 and seeds * len(tasks) >= 4:  # one or two say nothing about the spread
             matrix = np.array([values[:seeds] for values in tasks]).T
             out.append((script, suite, len(tasks), seeds, *iqm(matrix)))
     return out
 
 
-def figures(rows, args):
-    official, floors, by_script = read_official(), read_floors(), defaultdict(dict)
+def figures(paths, args):
+    rows, official, by_script = load(paths), read_official(), defaultdict(dict)
     for group, entry in by_group(rows, args.kind).items():
         by_script[group.script][group] = entry
-    paths = [draw_curves(s, groups, official, floors, args.figures, args.full) for s, groups in by_script.items()]
-    return [path for path in [*paths, draw_atari(all_scores(rows, official, args.kind), args.figures)] if path]
+    known = official, read_floors(), read_repeats(paths)
+    drawn = [draw_curves(s, groups, *known, args.figures, args.full) for s, groups in by_script.items()]
+    return [path for path in [*drawn, draw_atari(all_scores(rows, official, args.kind), args.figures)] if path]
 
 
 # TABLES
@@ -541,19 +573,19 @@ def spread(mean, low, high):
     return f"{digits(mean)} ({digits(low)} to {digits(high)})"
 
 
-def tables(rows, kind, with_iqm=True):
-    scores, floors = all_scores(rows, read_official(), kind), read_floors()
+def tables(paths, kind, with_iqm=True):
+    scores, floors, repeats = all_scores(load(paths), read_official(), kind), read_floors(), read_repeats(paths)
     lines = []
     for entry in scores:
-        values, floor = list(entry.seeds.values()), floors.get(entry.group.task)
+        values, (repeat, floor) = list(entry.seeds.values()), floor_of(entry.group, floors, repeats)
         lines.append([
-            entry.group.task, entry.group.script, str(len(values)), entry.kind, f"{entry.frames:,}",
-            spread(np.mean(values), min(values), max(values)),
+            entry.group.task, entry.group.script, str(repeat), str(len(values)), entry.kind, f"{entry.frames:,}",
+            spread(np.mean(values), min(values), max(values)) if len(values) > 1 else digits(values[0]),
             spread(*entry.official) if entry.official else "-", entry.verdict,
             "-" if floor is None else digits(floor),
         ])  # fmt: skip
-    header = ["task", "script", "seeds", "kind", "frames", "return: mean (range)", "official: mean (range)"]
-    parts = [markdown([*header, "against official", "random policy"], lines)]
+    header = ["task", "script", "action repeat", "seeds", "kind", "frames", "return: mean (range)"]
+    parts = [markdown([*header, "official: mean (range)", "against official", "random policy"], lines)]
     if atari := human_normalised(scores):
         lines = [
             [e.group.task, e.group.script, f"{e.frames:,}", f"{np.mean(ours):.2f}", "-" if o is None else f"{o:.2f}"]
@@ -604,10 +636,9 @@ def readme(args):
     if [text.count(marker) for marker in MARKERS] != [1, 1] or text.index(MARKERS[0]) > text.index(MARKERS[1]):
         raise InputError(f"{path}: expected one {MARKERS[0]} and, after it, one {MARKERS[1]}")
     files = result_files(args.results)
-    rows = load(files)
     folded = "<details><summary>How each curve was made: hours, hardware, commit, command</summary>"
-    written = [*tables(rows, args.kind, not args.no_iqm), folded, measured_with(files), "</details>"]
-    images = [os.path.relpath(image, path.absolute().parent) for image in figures(rows, args)]
+    written = [*tables(files, args.kind, not args.no_iqm), folded, measured_with(files), "</details>"]
+    images = [os.path.relpath(image, path.absolute().parent) for image in figures(files, args)]
     parts = ["<!-- written by `python benchmark/plot.py readme`: do not edit -->"]
     parts += [*(f"![{Path(image).stem}]({image})" for image in images), *written]
     before, after = text.split(MARKERS[0])[0], text.split(MARKERS[1])[1]
@@ -620,7 +651,7 @@ def readme(args):
 
 
 def random_returns(env_id, episodes, seed, repeat, sticky):
-    """Returns of uniformly random actions; nothing is rendered."""
+    """Returns of uniformly random actions, each held for `repeat` frames; nothing is rendered."""
     suite, _, name = env_id.rpartition(":")[2].partition("/")
     generator = np.random.default_rng(seed)
     if suite in ("dmc", "dm_control"):
@@ -636,7 +667,7 @@ def random_returns(env_id, episodes, seed, repeat, sticky):
         for _ in range(episodes):
             total, step, frame = 0.0, env.reset(), 0
             while not step.last():
-                if frame % (repeat or 2) == 0:
+                if frame % repeat == 0:
                     action = generator.uniform(spec.minimum, spec.maximum)
                 step = env.step(action)
                 total, frame = total + step.reward, frame + 1
@@ -653,13 +684,12 @@ def random_returns(env_id, episodes, seed, repeat, sticky):
             game = "".join(word.capitalize() for word in atari.removeprefix("atari_").split("_"))
             game = {"JamesBond": "Jamesbond"}.get(game, game)
             env = gym.make(
-                f"ALE/{game}-v5", obs_type="ram", frameskip=repeat or 4, repeat_action_probability=sticky,
+                f"ALE/{game}-v5", obs_type="ram", frameskip=repeat, repeat_action_probability=sticky,
                 max_num_frames_per_episode=108_000,
             )  # fmt: skip
             hold = 1
         else:
-            env = gym.make(env_id)
-            hold = repeat or (2 if isinstance(env.action_space, gym.spaces.Box) else 4)
+            env, hold = gym.make(env_id), repeat
     except (gym.error.Error, ImportError) as error:
         raise InputError(f"{env_id}: {' '.join(str(error).split())}") from None
     env.action_space.seed(seed)
@@ -677,15 +707,19 @@ def random_returns(env_id, episodes, seed, repeat, sticky):
 
 
 def measure_random(args):
-    path, columns = Path(args.out), ["env_id", "mean", "std", "episodes"]
-    rows = {row["env_id"]: row for row in read_csv(path, columns)} if path.exists() else {}
+    path, rows = Path(args.out), {}
+    if path.exists():
+        for row in read_csv(path, RANDOM_COLUMNS):
+            rows[row["env_id"], int(number(row["action_repeat"], path))] = row
     for env_id in args.env_ids:
-        returns = list(random_returns(env_id, args.episodes, args.seed, args.action_repeat, args.sticky))
-        values = (env_id, f"{np.mean(returns):.4f}", f"{np.std(returns):.4f}", str(args.episodes))
-        rows[env_id] = dict(zip(columns, values, strict=True))
+        repeat = args.action_repeat or usual_repeat(task_name(env_id))
+        returns = list(random_returns(env_id, args.episodes, args.seed, repeat, args.sticky))
+        values = (env_id, str(repeat), f"{np.mean(returns):.4f}", f"{np.std(returns):.4f}", str(args.episodes))
+        rows[env_id, repeat] = dict(zip(RANDOM_COLUMNS, values, strict=True))
         print(*values, flush=True)
         head = "# returns of uniformly random actions, by benchmark/plot.py random"
-        text = [head, ",".join(columns), *(",".join(rows[name][key] for key in columns) for name in sorted(rows))]
+        lines = [",".join(rows[key][column] for column in RANDOM_COLUMNS) for key in sorted(rows)]
+        text = [head, ",".join(RANDOM_COLUMNS), *lines]
         write(path, "\n".join(text) + "\n")
 
 
@@ -710,7 +744,7 @@ def parse(argv):
     for name in ("command", "hardware", "commit"):
         sub.add_argument(f"--{name}", help="for runs that run.py did not start")
     for name, function, about in (
-        ("curves", lambda args: figures(load(args.inputs or result_files(args.results)), args), "draw the figures"),
+        ("curves", lambda args: figures(args.inputs or result_files(args.results), args), "draw the figures"),
         ("table", show_tables, "print the tables"),
         ("readme", readme, "rewrite the figures and tables of README.md"),
     ):
@@ -729,14 +763,14 @@ def parse(argv):
     sub.add_argument("--env-ids", nargs="+", required=True)
     sub.add_argument("--episodes", type=whole(1), default=10)
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--action-repeat", type=whole(1), help="frames an action is held (default: as in the scripts)")
+    sub.add_argument("--action-repeat", type=whole(1), help="frames an action is held (default: Atari 4, else 2)")
     sub.add_argument("--sticky", type=float, default=0.25, help="Atari: chance that the last action is repeated")
     sub.add_argument("--out", default=HERE / "results" / "random_scores.csv")
     return parser.parse_args(argv)
 
 
 def show_tables(args):
-    print("\n\n".join(tables(load(args.inputs or result_files(args.results)), args.kind, not args.no_iqm)))
+    print("\n\n".join(tables(args.inputs or result_files(args.results), args.kind, not args.no_iqm)))
 
 
 if __name__ == "__main__":

@@ -634,10 +634,10 @@ def test_readme_round_trip(tmp_path):
         for row in csv.DictReader((results / "atari.csv").open())
         if row["task"] == "atari_pong" and int(row["step"]) > 3_800_000
     ]
-    pong = next(line for line in lines if line[0] == "atari_pong" and line[2] == "3")
-    assert pong[1:5] == ["dreamer_v2_atari", "3", "train", "4,000,000"]
-    assert float(pong[5].split()[0]) == pytest.approx(np.mean(last), abs=0.06)
-    assert pong[6] == "7.3 (1.1 to 15.7)" and pong[7] == "above"
+    pong = next(line for line in lines if line[0] == "atari_pong" and line[3] == "3")
+    assert pong[1:6] == ["dreamer_v2_atari", "4", "3", "train", "4,000,000"]
+    assert float(pong[6].split()[0]) == pytest.approx(np.mean(last), abs=0.06)
+    assert pong[7] == "7.3 (1.1 to 15.7)" and pong[8] == "above"
     assert [line[2:] for line in lines if line[0] == "atari.csv"][0][1:] == ["one NVIDIA X", "abc123", "`make atari`"]
     names = ["curves_dreamer_v2_atari", "curves_dreamer_v2_continuous", "atari_human_normalised"]
     first = {}
@@ -704,7 +704,8 @@ def test_plot_bad_input_is_one_line(tmp_path):
 def test_random_policy_is_measured_and_merged(tmp_path):
     pytest.importorskip("gymnasium")
     path = tmp_path / "random_scores.csv"
-    path.write_text("env_id,mean,std,episodes\nCartPole-v1,1.0,0.0,1\ndmc/walker-walk,44.0,9.0,10\n")
+    known = "CartPole-v1,2,1.0,0.0,1\ndmc/walker-walk,2,44.0,9.0,10\n"
+    path.write_text("env_id,action_repeat,mean,std,episodes\n" + known)
     words = ["random", "--env-ids", "CartPole-v1", "--episodes", "40", "--out", path]
     assert call("plot.py", *words).returncode == 0
     rows = {row["env_id"]: row for row in plot.read_csv(path, ["env_id", "mean", "episodes"])}
@@ -713,7 +714,17 @@ def test_random_policy_is_measured_and_merged(tmp_path):
     text = path.read_text()
     assert call("plot.py", *words).returncode == 0 and path.read_text() == text
     one_line_error(call("plot.py", "random", "--env-ids", "No-v0", "--out", path), "No")
-    assert plot.read_floors(path)["dmc_walker_walk"] == 44.0 and plot.read_floors(path)["atari_pong"] == -20.7
+    assert call("plot.py", *words, "--action-repeat", "8").returncode == 0
+    floors = plot.read_floors(path)
+    assert floors["dmc_walker_walk", 2] == 44.0 and floors["atari_pong", 4] == -20.7
+    assert floors["CartPole-v1", 2] == float(rows["CartPole-v1"]["mean"]) > 1.2 * floors["CartPole-v1", 8]
+    config = {"common_config": {"action_repeat": 8}, "runs": [{"task": "CartPole-v1", "script": "s", "config": {}}]}
+    (tmp_path / "x.json").write_text(json.dumps(config))
+    repeats = plot.read_repeats([tmp_path / "x.csv"])
+    group = plot.Group("v2", "CartPole-v1", "s")
+    assert plot.floor_of(group, floors, repeats) == (8, floors["CartPole-v1", 8])
+    assert plot.floor_of(group, floors, {}) == (2, floors["CartPole-v1", 2])
+    assert plot.floor_of(group._replace(task="atari_pong"), floors, {("atari_pong", "s"): 8}) == (8, None)
 
 
 def test_objects_of_pong_are_told_apart(tmp_path):
