@@ -98,7 +98,7 @@ class Args:
     wandb_entity: str | None = None
     """the entity (team) of wandb's project"""
     capture_video: bool = False
-    """save a GIF of the first episode of each evaluation (in the run folder's `videos`)"""
+    """save a GIF of the first episode of each evaluation while training (in the run folder's `videos`)"""
     config: str = ""
     """YAML file with values for these flags (a run's config.yaml or a recipe); flags given beside it win"""
     resume: str = ""
@@ -435,7 +435,8 @@ def make_env(args: Args) -> gym.Env:
     return Pixels(env, args.action_repeat)
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, the scheduler's end, its warning before
+# Ctrl-C, a closed terminal, the scheduler's end, its warning before
+STOP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 
 
 def make_envs(args: Args, num_envs: int, workers: bool = False) -> gym.vector.VectorEnv:
@@ -583,7 +584,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 class MLP(nn.Sequential):
-    """`layers` hidden layers with ELU and an output layer: (..., size) -> (..., out_size)."""
+    """`layers` hidden layers with ELU and an output layer in float32: (..., size) -> (..., out_size)."""
 
     def __init__(self, size: int, units: int, layers: int, out_size: int):
         modules = []
@@ -591,6 +592,13 @@ class MLP(nn.Sequential):
             modules += [nn.Linear(size, units), nn.ELU()]
             size = units
         super().__init__(*modules, nn.Linear(size, out_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *hidden, output = self
+        for layer in hidden:
+            x = layer(x)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 knows a value of 200 only to 1
+            return output(x.float())
 
 
 class Actor(MLP):
@@ -600,7 +608,7 @@ class Actor(MLP):
         super().__init__(size, units, layers, 2 * action_size)
 
     def forward(self, feat: Tensor) -> TanhNormal:
-        mean, std = super().forward(feat).float().chunk(2, -1)
+        mean, std = super().forward(feat).chunk(2, -1)
         # The mean stays within [-5, 5], the standard deviation starts at 5 (official code).
         return TanhNormal(5 * torch.tanh(mean / 5), F.softplus(std + math.log(math.expm1(5))) + 1e-4)
 
@@ -971,11 +979,11 @@ def world_model_loss(model: "WorldModel", batch: Batch, args: Args) -> tuple[Ten
     feat = post.feat  # (T, B, feat)
     losses = {
         "image": image_nll(model.decoder(feat.flatten(0, 1)).float(), image),
-        "reward": normal_nll(model.reward(feat).float().squeeze(-1), batch.reward).mean(),
+        "reward": normal_nll(model.reward(feat).squeeze(-1), batch.reward).mean(),
     }
     if model.discount is not None:
         target = args.discount * (1 - batch.is_terminal.float())  # a soft label: the head's mean already holds gamma
-        logit = model.discount(feat).float().squeeze(-1)
+        logit = model.discount(feat).squeeze(-1)
         losses["discount"] = F.binary_cross_entropy_with_logits(logit, target)
     kl = kl_normal(post, prior).mean()
     loss = losses["image"] + losses["reward"] + args.discount_scale * losses.get("discount", 0)
@@ -1029,11 +1037,11 @@ def imagined_returns(agent: "Dreamer", start: State, args: Args) -> tuple[Tensor
     model, first = agent.world_model, 0 if args.actor_grad == "reinforce" else 1
     with torch.set_grad_enabled(args.actor_grad != "reinforce"):
         feat, action, policy = imagine(model.rssm, agent.actor, start, args.imagine_horizon)
-        reward = model.reward(feat[first:-1]).float().squeeze(-1)  # of the last state only the value counts
-        value = agent.value(feat[first:]).float().squeeze(-1)
+        reward = model.reward(feat[first:-1]).squeeze(-1)  # of the last state only the value counts
+        value = agent.value(feat[first:]).squeeze(-1)
         discount = torch.full_like(reward, args.discount)
         if model.discount is not None:
-            discount = model.discount(feat[first:-1]).float().squeeze(-1).sigmoid()
+            discount = model.discount(feat[first:-1]).squeeze(-1).sigmoid()
         returns = lambda_return(reward, value[:-1], discount, value[-1], args.td_lambda)
     weight = torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0).detach()
     return feat, action, policy, returns, weight
@@ -1054,7 +1062,7 @@ def actor_loss(policy: NamedTuple, value: nn.Module, feat: Tensor, action: Tenso
         entropy = policy.entropy()
     objective = returns
     if args.actor_grad != "dynamics":
-        advantage = (returns - value(feat[:-2]).float().squeeze(-1)).detach()
+        advantage = (returns - value(feat[:-2]).squeeze(-1)).detach()
         objective = policy.log_prob(action[1:-1].detach()) * advantage
     if args.actor_grad == "both":
         objective = args.actor_grad_mix * returns + (1 - args.actor_grad_mix) * objective
@@ -1069,7 +1077,7 @@ def action_metrics(action: Tensor) -> dict[str, Tensor]:
 
 def critic_loss(value: nn.Module, feat: Tensor, returns: Tensor, weight: Tensor) -> Tensor:
     """Equation 8: regress V(s_t) on the stopped return G_t. feat (T, N, feat); returns and weight (T, N)."""
-    return (weight * normal_nll(value(feat.detach()).float().squeeze(-1), returns.detach())).mean()
+    return (weight * normal_nll(value(feat.detach()).squeeze(-1), returns.detach())).mean()
 
 
 # AGENT
@@ -1184,8 +1192,10 @@ def fast_policy(agent: Dreamer, num_envs: int, noise: float = 0.0, mode: bool = 
     shared, own = generator.graphsafe_get_state(), generator.clone_state()
     own.manual_seed(int(torch.randint(2**31, ())))
     generator.graphsafe_set_state(own)
-    graph = torch.cuda.make_graphed_callables(policy, (image, state, is_first))
-    generator.graphsafe_set_state(shared)
+    try:
+        graph = torch.cuda.make_graphed_callables(policy, (image, state, is_first))
+    finally:
+        generator.graphsafe_set_state(shared)
     return lambda image, state, is_first: graph(torch.from_numpy(image), state, torch.from_numpy(is_first))
 
 
@@ -1453,7 +1463,7 @@ class Logger:
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        finite = {key: round(value, 6) if math.isfinite(value) else None for key, value in values.items()}
+        finite = {key: float(f"{value:.9g}") if math.isfinite(value) else None for key, value in values.items()}
         try:
             size = self.path.stat().st_size if self.path.exists() else 0
             try:
@@ -1557,7 +1567,7 @@ def evaluate(agent: Dreamer, args: Args, episodes: int, seed: int, stop: list) -
     It ends early when something gets into the list `stop`, or after 108,000 frames for each episode; raises what the
     environment raises, or `RuntimeError` when no episode ended.
     """
-    envs, policy = make_envs(args, 1, workers=args.env_timeout > 0), fast_policy(agent, 1, mode=True)
+    policy, envs = fast_policy(agent, 1, mode=True), make_envs(args, 1, workers=args.env_timeout > 0)
     try:
         image = reset_envs(envs, seed, args.env_timeout)
         is_first, is_last, state = np.ones(1, bool), np.zeros(1, bool), agent.initial_state(1)
@@ -1801,11 +1811,13 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
     stop_signals = []
 
     def stop(number, _):
-        signal.signal(number, signal.SIG_DFL)  # the second one stops at once
+        # The second one stops at once; but a closed terminal may tell twice, by its shell and by the kernel.
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
         stop_signals.append(number)
 
     for number in STOP_SIGNALS:
-        signal.signal(number, stop)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, stop)
 
     # TRAINING LOOP
     envs = SturdyEnvs(args, counters, logger)

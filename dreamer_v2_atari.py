@@ -100,7 +100,7 @@ class Args:
     wandb_entity: str | None = None
     """the entity (team) of wandb's project"""
     capture_video: bool = False
-    """save a GIF of the first episode of each evaluation (in the run folder's `videos`)"""
+    """save a GIF of the first episode of each evaluation while training (in the run folder's `videos`)"""
     config: str = ""
     """YAML file with values for these flags (a run's config.yaml or a recipe); flags given beside it win"""
     resume: str = ""
@@ -433,7 +433,8 @@ def make_env(args: Args) -> gym.Env:
     return Pixels(env, args.action_repeat)
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, the scheduler's end, its warning before
+# Ctrl-C, a closed terminal, the scheduler's end, its warning before
+STOP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 
 
 def make_envs(args: Args, num_envs: int, workers: bool = False) -> gym.vector.VectorEnv:
@@ -622,7 +623,7 @@ def norm(args: Args, size: int) -> nn.Module:
 
 
 class MLP(nn.Sequential):
-    """`layers` hidden layers with norm and activation, and an output layer: (..., size) -> (..., out_size)."""
+    """`layers` hidden layers with norm and activation, an output layer in float32: (..., size) -> (..., out_size)."""
 
     def __init__(self, args: Args, size: int, layers: int, out_size: int):
         modules = []
@@ -630,6 +631,13 @@ class MLP(nn.Sequential):
             modules += [nn.Linear(size, args.units), norm(args, args.units), activation(args)]
             size = args.units
         super().__init__(*modules, nn.Linear(size, out_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *hidden, output = self
+        for layer in hidden:
+            x = layer(x)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 knows a value of 200 only to 1
+            return output(x.float())
 
 
 class RewardHead(MLP):
@@ -642,12 +650,12 @@ class RewardHead(MLP):
 
     def mean(self, feat: Tensor) -> Tensor:
         """(..., feat) -> (...)."""
-        output = self(feat).float()
+        output = self(feat)
         return symexp((output.softmax(-1) * self.bins).sum(-1)) if self.twohot else output.squeeze(-1)
 
     def nll(self, feat: Tensor, reward: Tensor) -> Tensor:
         """Negative log-likelihood of rewards (...)."""
-        output = self(feat).float()
+        output = self(feat)
         if self.twohot:
             return -(twohot(symlog(reward), self.bins) * output.log_softmax(-1)).sum(-1)
         return normal_nll(output.squeeze(-1), reward)
@@ -660,7 +668,7 @@ class Actor(MLP):
         super().__init__(args, size, args.actor_layers, action_size)
 
     def forward(self, feat: Tensor) -> OneHot:
-        return OneHot(super().forward(feat).float())
+        return OneHot(super().forward(feat))
 
 
 def pixels_to_float(image: Tensor) -> Tensor:
@@ -1054,7 +1062,7 @@ def world_model_loss(model: "WorldModel", batch: Batch, args: Args) -> tuple[Ten
     }
     if model.discount is not None:
         target = args.discount * (1 - batch.is_terminal.float())  # a soft label: the head's mean already holds gamma
-        logit = model.discount(feat).float().squeeze(-1)
+        logit = model.discount(feat).squeeze(-1)
         losses["discount"] = F.binary_cross_entropy_with_logits(logit, target)
     loss_kl, kl = kl_loss(post.logit, prior, args.kl_alpha, args.free_nats)
     loss = losses["image"] + losses["reward"] + args.discount_scale * losses.get("discount", 0)
@@ -1110,11 +1118,11 @@ def imagined_returns(agent: "Dreamer", start: State, is_terminal: Tensor, args: 
     with torch.set_grad_enabled(args.actor_grad != "reinforce"):
         feat, action, policy = imagine(model.rssm, agent.actor, start, args.imagine_horizon)
         reward = model.reward.mean(feat[:-1])  # (H, N), as discount: of the last state only the value counts
-        value = agent.slow_value(feat).float().squeeze(-1)  # targets and baseline, as in the official code
+        value = agent.slow_value(feat).squeeze(-1)  # targets and baseline, as in the official code
         discount = torch.full_like(reward, args.discount)
         if model.discount is not None:
             true_discount = args.discount * (1 - is_terminal.float())
-            discount = model.discount(feat[:-1]).float().squeeze(-1).sigmoid()
+            discount = model.discount(feat[:-1]).squeeze(-1).sigmoid()
             discount = torch.cat([true_discount[None], discount[1:]])
         target = lambda_return(reward, value[:-1], discount, value[-1], args.td_lambda)  # (H, N)
     weight = torch.cat([torch.ones_like(discount[:1]), discount]).cumprod(0).detach()  # (H+1, N)
@@ -1148,7 +1156,7 @@ def action_metrics(action: Tensor) -> dict[str, Tensor]:
 
 def critic_loss(value: nn.Module, feat: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Equation 5: regress v(s_t) on the stopped target G_t. feat (H, N, feat); target and weight (H, N)."""
-    return (weight * normal_nll(value(feat.detach()).float().squeeze(-1), target.detach())).mean()
+    return (weight * normal_nll(value(feat.detach()).squeeze(-1), target.detach())).mean()
 
 
 # AGENT
@@ -1265,8 +1273,10 @@ def fast_policy(agent: Dreamer, num_envs: int, noise: float = 0.0, mode: bool = 
     shared, own = generator.graphsafe_get_state(), generator.clone_state()
     own.manual_seed(int(torch.randint(2**31, ())))
     generator.graphsafe_set_state(own)
-    graph = torch.cuda.make_graphed_callables(policy, (image, state, is_first))
-    generator.graphsafe_set_state(shared)
+    try:
+        graph = torch.cuda.make_graphed_callables(policy, (image, state, is_first))
+    finally:
+        generator.graphsafe_set_state(shared)
     return lambda image, state, is_first: graph(torch.from_numpy(image), state, torch.from_numpy(is_first))
 
 
@@ -1531,7 +1541,7 @@ class Logger:
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        finite = {key: round(value, 6) if math.isfinite(value) else None for key, value in values.items()}
+        finite = {key: float(f"{value:.9g}") if math.isfinite(value) else None for key, value in values.items()}
         try:
             size = self.path.stat().st_size if self.path.exists() else 0
             try:
@@ -1635,7 +1645,7 @@ def evaluate(agent: Dreamer, args: Args, episodes: int, seed: int, stop: list) -
     It ends early when something gets into the list `stop`, or after 108,000 frames for each episode; raises what the
     environment raises, or `RuntimeError` when no episode ended.
     """
-    envs, policy = make_envs(args, 1, workers=args.env_timeout > 0), fast_policy(agent, 1, mode=True)
+    policy, envs = fast_policy(agent, 1, mode=True), make_envs(args, 1, workers=args.env_timeout > 0)
     try:
         image = reset_envs(envs, seed, args.env_timeout)
         is_first, is_last, state = np.ones(1, bool), np.zeros(1, bool), agent.initial_state(1)
@@ -1879,11 +1889,13 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
     stop_signals = []
 
     def stop(number, _):
-        signal.signal(number, signal.SIG_DFL)  # the second one stops at once
+        # The second one stops at once; but a closed terminal may tell twice, by its shell and by the kernel.
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
         stop_signals.append(number)
 
     for number in STOP_SIGNALS:
-        signal.signal(number, stop)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, stop)
 
     # TRAINING LOOP
     envs = SturdyEnvs(args, counters, logger)

@@ -77,8 +77,8 @@ def small_args(script, **changes):
 
 @contextlib.contextmanager
 def restored_signals():
-    """A run takes over three signals; the tests want them back."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    """A run takes over four signals; the tests want them back."""
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
     handlers = [signal.getsignal(number) for number in numbers]
     try:
         yield

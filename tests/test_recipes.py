@@ -111,6 +111,9 @@ PAPERS = {
     },
 }
 
+# The same at 0216d33.
+PAPERS["v2_atari_curves.yaml"] = PAPERS["v2_atari_paper.yaml"] | {"batch_size": 50, "full_action_space": True}
+
 
 def test_every_recipe_belongs_to_a_script():
     assert {name for name, _ in RECIPES} == {path.name for path in CONFIGS.iterdir()}

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
@@ -452,6 +453,7 @@ def test_resume_without_the_log_starts_a_new_one(script, copy, tmp_path):
     [
         pytest.param(signal.SIGINT, {"num_envs": 2}, True, id="ctrl-c in a terminal, two environments"),
         pytest.param(signal.SIGTERM, {}, False, id="SIGTERM"),
+        pytest.param(signal.SIGHUP, {}, False, id="SIGHUP"),
         pytest.param(signal.SIGUSR1, {}, False, id="SIGUSR1 (a scheduler's warning)"),
         pytest.param(signal.SIGTERM, {"eval_every": 40, "env_id": "Slow"}, False, id="SIGTERM in a long evaluation"),
     ],
@@ -474,6 +476,39 @@ def test_a_signal_saves_and_ends_within_ten_seconds(script, number, changes, who
     frames = script.load_checkpoint(run_dir)["counters"]["frames"]
     advice = [line for line in errors.splitlines() if f"--resume {run_dir.relative_to(tmp_path)}" in line]
     assert len(advice) == 1 and f"saved at frame {frames}" in advice[0]
+
+
+def test_a_closed_terminal_saves_and_ends(script, tmp_path):
+    """The kernel sends SIGHUP, nothing can be written any more, and the terminal's shell sends SIGHUP again."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *small(script, total_steps=1_000_000)]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # its controlling terminal
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        wait_for_progress(script, process, tmp_path, 0)
+        os.close(ours)
+        deadline = time.monotonic() + 30
+        while process.poll() is None and time.monotonic() < deadline:
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.01)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert script.load_checkpoint(run_dir)["counters"]["frames"] > 0
+
+
+def test_a_signal_ignored_at_the_start_stays_ignored(script, tmp_path):
+    """As nohup wants it."""
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        train(script, tmp_path, small(script))
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
 
 
 def test_ctrl_c_while_workers_start_saves_too(script, tmp_path):

@@ -84,9 +84,22 @@ def test_on_the_cpu_the_policy_acts_in_float32_whatever_the_precision(script):
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
 
 
-def test_what_is_compiled_has_no_graph_break_and_is_never_compiled_again(script):
+def test_in_bfloat16_a_head_still_tells_large_values_apart(script):
+    """bfloat16 has steps of 1 from 128 to 256."""
+    agent = make_learner(script, precision="bfloat16").agent
+    torch.nn.init.constant_(agent.value[-1].bias, 200)
+    feat = torch.randn(256, agent.value[0].in_features)
+    exact = agent.value(feat)
+    with script.autocast(agent.args, CPU):
+        rough = agent.value(feat)
+    assert rough.dtype == torch.float32
+    assert (rough - exact).abs().max() < 0.1 * exact.std()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_is_compiled_has_no_graph_break_and_is_never_compiled_again(script, precision):
     """With `aot_eager`, which traces forward and backward as the GPU's compiler does, without its compile time."""
-    learner = make_learner(script)
+    learner = make_learner(script, precision=precision)
     rssm = learner.agent.world_model.rssm
     torch._dynamo.reset()
     how = {"dynamic": False, "backend": "aot_eager"}
