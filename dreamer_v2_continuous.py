@@ -47,6 +47,7 @@ import math
 import multiprocessing
 import os
 import re
+import reprlib
 import shutil
 import signal
 import sys
@@ -247,7 +248,7 @@ def load_config(path: Path) -> Args:
         except (TypeError, ValueError, OverflowError):
             valid = False
         if not valid:
-            raise UserError(f"{key}: {value!r} in {path} is not a valid {getattr(kind, '__name__', kind)}")
+            raise UserError(f"{key}: {reprlib.repr(value)} in {path} is not a valid {getattr(kind, '__name__', kind)}")
     return Args(**values)
 
 
@@ -257,7 +258,7 @@ def check_args(args: Args) -> Args:
     may_be_zero = ("seed", "seed_steps", "pretrain", "eval_every", "obs_embed_size")
     least |= dict.fromkeys((*may_be_zero, "reward_layers", "discount_layers", "value_layers", "actor_layers"), 0)
     positive = ("model_learning_rate", "actor_learning_rate", "value_learning_rate", "adam_eps", "grad_clip")
-    shares = ("discount", "td_lambda", "actor_grad_mix", "kl_alpha")
+    shares = ("discount", "td_lambda", "actor_grad_mix", "kl_alpha", "weight_decay")
     for field in dataclasses.fields(Args):
         name, value = field.name, getattr(args, field.name)
         flag = f"--{name.replace('_', '-')} {value}"
@@ -269,6 +270,8 @@ def check_args(args: Args) -> Args:
             raise UserError(f"{flag} must be greater than 0")
         if name in shares and value > 1:
             raise UserError(f"{flag} must lie between 0 and 1")
+    if args.env_timeout > 10**6:  # poll knows no more than 2**31 milliseconds
+        raise UserError("--env-timeout must be at most 1000000 seconds")
     if args.seed >= 2**30:  # ALE takes seeds to 2**31, and later episodes have higher ones
         raise UserError("--seed must be less than 2**30")
     try:
@@ -281,6 +284,10 @@ def check_args(args: Args) -> Args:
             f"({args.replay_capacity // args.num_envs} agent steps): raise --replay-capacity"
         )
     return args
+
+
+# What may not change beside --resume, besides the sizes, which do not fit the weights then.
+KEPT = ("env_id", "num_envs", "action_repeat", "replay_capacity", "checkpoint_interval", "act", "actor_dist")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -300,6 +307,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
             mend = f"perhaps {' or '.join(meant)}?" if meant else "--help lists the flags; switches: --flag, --no-flag"
             raise UserError(f"{message} ({mend})") from None
 
+    words = sys.argv[1:] if argv is None else argv
+    if "" in words:  # `--resume ""` would begin a new run
+        raise UserError(f"nothing after {words[words.index('') - 1]}: is a variable of the shell not set?")
     args = parse(Args())
     run_dir = args.resume or args.evaluate
     path = os.path.join(run_dir, "config.yaml") if run_dir else args.config
@@ -312,6 +322,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if default.config or default.resume or default.evaluate:
             raise UserError(f"{path} may not set config, resume or evaluate: they belong on the command line")
         args = parse(default)
+        for name in KEPT if args.resume else ():
+            old, new = getattr(default, name, None), getattr(args, name, None)
+            if new != old:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {new}: {run_dir} has {old}, which its weights or stored steps depend on")
     return check_args(args)
 
 
@@ -374,11 +389,13 @@ class DeepMindControl(gym.Env):
 
 
 def plain_errors(method: Callable) -> Callable:
-    """In a worker any error becomes a RuntimeError: one that cannot be pickled would never reach the script."""
+    """An environment may not end the script; and what it raises in a worker might not be picklable."""
 
     def wrapped(*args, **kwargs):
         try:
             return method(*args, **kwargs)
+        except SystemExit as stop:
+            raise RuntimeError(f"it called sys.exit({stop.code})") from None
         except Exception as error:  # whatever an environment raises
             if multiprocessing.parent_process() is None:
                 raise
@@ -435,14 +452,15 @@ def make_env(args: Args) -> gym.Env:
             choose_gl()
             size = {"width": 64, "height": 64}
         env = gym.make(args.env_id, render_mode="rgb_array", **size)
-    if not isinstance(env.action_space, gym.spaces.Box) or len(env.action_space.shape) != 1:
+    space = env.action_space
+    if not isinstance(space, gym.spaces.Box) or space.dtype.kind != "f" or len(space.shape) != 1 or not space.shape[0]:
         raise UserError(
-            f"{args.env_id} has the actions {env.action_space}; this script needs a one-dimensional Box: "
+            f"{args.env_id} has the actions {space}; this script needs a one-dimensional Box of floats: "
             "dreamer_v2_atari.py takes discrete ones"
         )
-    if not env.action_space.is_bounded():
+    low, high = space.low, space.high
+    if not (np.abs([low, high]) < 1e30).all():  # so that their difference is finite, too
         raise UserError(f"{args.env_id} has unbounded actions: wrap it so that they are bounded")
-    low, high = env.action_space.low, env.action_space.high
     env = gym.wrappers.TransformAction(
         env,
         lambda action: np.clip(low + (high - low) * (action + 1) / 2, low, high),  # rounding could pass a bound
@@ -1828,6 +1846,8 @@ def discard_refused(run_dir: Path) -> None:
     # The set-up ends with config.yaml; a run that has saved is kept whatever became of that file.
     if not any((run_dir / name).exists() for name in ("config.yaml", "checkpoint.pt")):
         shutil.rmtree(run_dir, ignore_errors=True)
+        with contextlib.suppress(OSError):  # other runs are in it
+            run_dir.parent.rmdir()
 
 
 def open_run(args: Args, stack: contextlib.ExitStack) -> tuple[Path, dict | None]:
@@ -1917,7 +1937,8 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         print(f"{run_dir} has its {args.total_steps} frames: --evaluate it, or raise --total-steps", file=sys.stderr)
     logger = Logger(run_dir, args, counters.frames, checkpoint["metrics_size"] if checkpoint else 0)
     stack.callback(logger.close)
-    write_config(run_dir, args)
+    if not checkpoint:
+        write_config(run_dir, args)
 
     def save(last: bool = False) -> bool:
         learner.wait()
@@ -1937,6 +1958,8 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         try:
             replay.steps.flush()
             save_checkpoint(run_dir / "checkpoint.pt", state)
+            if checkpoint:  # the flags beside --resume stay from here on: before, they might have failed
+                write_config(run_dir, args)
         except OSError as error:
             if last:
                 text = f"could not save frame {counters.frames} ({error}); the previous checkpoint stays"
@@ -1980,6 +2003,8 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         else:
             action, state = policy(image, state, is_first)
             action = action.cpu().numpy()
+            if not np.isfinite(action).all():
+                raise UserError("the policy's actions are not finite: lower the learning rates")
 
         # LEARN: on CUDA an update is only started here, and runs while the agent acts and the environments step
         # A step of many environments may pass several phases; before the first update none are made up for.
@@ -2124,4 +2149,9 @@ if __name__ == "__main__":
         main(parse_args())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))):
+            raise
+        print("error: out of memory: lower --batch-size, --train-seq-len or the networks' sizes", file=sys.stderr)
         sys.exit(2)

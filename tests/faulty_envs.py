@@ -35,6 +35,11 @@ class Raises(Faulty):
         raise RuntimeError("the simulator fell over")
 
 
+class Exits(Faulty):
+    def fault(self, reward):
+        raise SystemExit(0)
+
+
 class RaisesOnce(Faulty):
     def fault(self, reward):
         if self.happens_now():
@@ -129,6 +134,18 @@ class TwoDimensional(DotSteer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.action_space = gym.spaces.Box(-1, 1, (2, 2))
+
+
+class NoActions(DotSteer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.action_space = gym.spaces.Box(-1, 1, (0,))
+
+
+class WholeActions(DotSteer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.action_space = gym.spaces.Box(-128, 127, (2,), np.int8)
 
 
 class TextActions(DotSteer):

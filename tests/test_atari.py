@@ -241,6 +241,7 @@ def test_every_id_that_gymnasium_has_for_a_game_is_that_game_and_no_other_id_is(
 def test_each_game_of_the_paper_resolves_by_all_its_names_and_starts(game):
     camel = "".join(word.capitalize() for word in game.replace("james_bond", "jamesbond").split("_"))
     names = [f"{camel}NoFrameskip-v4", f"ALE/{camel}-v5", f"atari/{game}", f"{camel}-v4", f"{camel}Deterministic-v4"]
+    names.append(f"ale_py:{names[1]}")
     assert names[0] in gym.registry and names[1] in gym.registry
     resolved = {atari.atari_game(name) for name in names}
     assert len(resolved) == 1 and None not in resolved

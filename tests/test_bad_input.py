@@ -73,6 +73,8 @@ def assert_refused(script, folder, flags, fragment):
         (["--units", "many"], "units"),
         (["--units", "2.5"], "units"),
         (["--units", ""], "units"),
+        (["--resume", ""], "nothing after --resume"),
+        (["--env-timeout", "1e7"], "env-timeout.*at most"),
         (["--units", "0"], "units.*at least 1"),
         (["--units", "-8"], "units.*-8"),
         (["--cuda", "perhaps"], "perhaps"),
@@ -346,13 +348,15 @@ DISCRETE_ONLY = [
 FAULTY = [
     ("TwoDimensional", r"\(2, 2\).*needs"),
     ("TextActions", "Text.*needs"),
+    ("NoActions", r"\(0,\).*needs"),
+    ("WholeActions", "int8.*needs"),
     ("Unbounded", "unbounded"),
     ("NoPicture", "render|rgb_array"),
     ("FloatPicture", "render"),
     ("CannotBeMade", "OSError: libsimulator.so: cannot open shared object file"),
     ("CannotBeReset", "ValueError: no such level"),
 ]
-BOX_ONLY = {"TwoDimensional", "TextActions", "Unbounded"}
+BOX_ONLY = {"TwoDimensional", "NoActions", "WholeActions", "TextActions", "Unbounded"}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -538,8 +542,10 @@ def test_a_damaged_checkpoint_is_refused_or_whole(script, data, finished, tmp_pa
         (["--units", "9"], "other sizes"),
         (["--cnn-depth", "3"], "other sizes"),
         (["--value-layers", "1"], "other sizes"),
-        (["--replay-capacity", "500"], "replay_capacity"),
-        (["--num-envs", "2"], "num_envs"),
+        (["--replay-capacity", "500"], "--replay-capacity 500"),
+        (["--num-envs", "2"], "--num-envs 2"),
+        (["--action-repeat", "3"], "--action-repeat 3"),
+        (["--checkpoint-interval", "41"], "--checkpoint-interval 41"),
         (["--units", "-1"], "units"),
         (["--env-id", "NoSuchEnvironment-v0"], "NoSuchEnvironment"),
     ],
@@ -551,10 +557,24 @@ def test_resuming_with_flags_that_do_not_fit_leaves_the_run_as_it_was(script, fl
     assert script.load_checkpoint(copy)["counters"]["frames"] == 104
 
 
-def test_resuming_with_an_environment_of_other_actions_is_refused(script, copy, tmp_path):
-    flags = ["--resume", str(copy), "--env-id", env_id(script, "TerminalGoal"), "--total-steps", "120"]
-    assert_refused(script, tmp_path, flags, "other sizes|another environment")
-    assert_refused(script, tmp_path, ["--evaluate", *flags[1:4]], "other sizes|another environment|actions")
+def test_another_environment_or_kind_of_network_is_refused_beside_resume(script, copy, tmp_path):
+    """They have the same sizes, so that nothing else would tell."""
+    args = script.load_config(copy / "config.yaml")
+    changes = [["--env-id", env_id(script, "CueMemory")]]
+    if hasattr(args, "act"):
+        changes.append(["--act", {"elu": "silu", "silu": "elu"}[args.act]])
+    if hasattr(args, "actor_dist"):
+        changes.append(["--actor-dist", "trunc_normal"])
+    for flags in changes:
+        assert_refused(script, tmp_path, ["--resume", str(copy), "--total-steps", "120", *flags], " ".join(flags))
+
+
+def test_an_environment_of_other_actions_is_refused(script, copy, tmp_path):
+    other = env_id(script, "TerminalGoal")
+    assert_refused(script, tmp_path, ["--evaluate", str(copy), "--env-id", other], "another environment|actions")
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace(env_id(script), other))
+    assert_refused(script, tmp_path, ["--resume", str(copy), "--total-steps", "120"], "another environment")
 
 
 REPLAYS = {
@@ -594,6 +614,7 @@ COMMANDS = {
     "no run folder": (None, ["--resume", "runs/nothing"], "runs/nothing is not a run folder"),
     "broken YAML": (break_yaml, ["--config", "recipe.yaml"], "recipe.yaml"),
     "runs is a file": (block_runs, None, "run folder"),
+    "out of memory": (None, ["--units", "1000000000000"], "out of memory"),
     "no C++ compiler": (None, ["--compile-cpu", "--no-cuda"], "install g++"),
 }
 

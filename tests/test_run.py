@@ -399,6 +399,18 @@ def test_resume_keeps_the_flags_and_takes_new_ones(script, copy, tmp_path):
     assert [path.name for path in tmp_path.glob("runs/*")] == [copy.name], "no second folder"
 
 
+def test_a_resume_that_fails_leaves_the_flags_as_they_were(script, copy, tmp_path, monkeypatch):
+    before = contents(copy)["config.yaml"]
+
+    def update(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(script.Learner, "update", update)
+    with pytest.raises(MemoryError):
+        train(script, tmp_path, ["--resume", str(copy), "--total-steps", "360", "--batch-size", "5"])
+    assert contents(copy)["config.yaml"] == before
+
+
 def test_flags_given_beside_resume_count_from_there_on(script, tmp_path):
     never = {"seed_steps": 5000, "eval_every": 100_000, "scalar_freq": 100_000}
     run_dir = train(script, tmp_path, small(script, total_steps=100, checkpoint_interval=400, **never))
@@ -798,6 +810,18 @@ def test_an_environment_that_fails_is_started_again(script, name, changes, tmp_p
     assert "is started again" in capsys.readouterr().err
 
 
+def test_actions_that_are_not_finite_are_neither_played_nor_stored(script, tmp_path, monkeypatch):
+    policy = script.Dreamer.policy
+
+    def poisoned(*args, **kwargs):
+        action, state = policy(*args, **kwargs)
+        return action * math.nan, state
+
+    monkeypatch.setattr(script.Dreamer, "policy", poisoned)
+    with pytest.raises(script.UserError, match="actions are not finite"):
+        train(script, tmp_path, small(script))
+
+
 def test_an_environment_that_keeps_failing_ends_the_run_with_its_cause(script, tmp_path):
     flags = small(script, env_id=env_id(script, "Raises", "tests.faulty_envs"))
     with pytest.raises(script.UserError, match="five times in a row.*RuntimeError: the simulator fell over"):
@@ -805,6 +829,12 @@ def test_an_environment_that_keeps_failing_ends_the_run_with_its_cause(script, t
     (run_dir,) = tmp_path.glob("runs/*")
     counters = script.load_checkpoint(run_dir)["counters"]
     assert counters["env_restarts"] == 5 and counters["frames"] > 0, "all that was played is saved"
+
+
+def test_an_environment_that_exits_does_not_end_the_script(script, tmp_path):
+    flags = small(script, env_id=env_id(script, "Exits", "tests.faulty_envs"))
+    with pytest.raises(script.UserError, match=r"five times in a row.*it called sys.exit\(0\)"):
+        train(script, tmp_path, flags)
 
 
 def test_a_worker_whose_reset_hangs_is_started_again(script, tmp_path, monkeypatch):
