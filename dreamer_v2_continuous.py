@@ -406,11 +406,10 @@ def plain_errors(method: Callable) -> Callable:
 
 
 class Pixels(gym.Wrapper):
-    """Observations are what the environment renders, (3, 64, 64) uint8; each action is repeated, rewards are summed."""
+    """Observations are what the environment renders, (3, 64, 64) uint8."""
 
-    def __init__(self, env: gym.Env, action_repeat: int):
+    def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.action_repeat = action_repeat
         self.observation_space = gym.spaces.Box(0, 255, (3, 64, 64), np.uint8)
 
     def pixels(self) -> np.ndarray:
@@ -421,18 +420,13 @@ class Pixels(gym.Wrapper):
 
     @plain_errors
     def reset(self, **kwargs):
-        _, info = self.env.reset(**kwargs)
+        self.env.reset(**kwargs)
         return self.pixels(), {}
 
     @plain_errors
     def step(self, action):
-        total, terminated, truncated = 0.0, False, False
-        for _ in range(self.action_repeat):
-            _, reward, terminated, truncated, _ = self.env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                break
-        return self.pixels(), total, terminated, truncated, {}
+        _, reward, terminated, truncated, _ = self.env.step(action)
+        return self.pixels(), reward, terminated, truncated, {}
 
 
 def make_env(args: Args) -> gym.Env:
@@ -466,7 +460,7 @@ def make_env(args: Args) -> gym.Env:
         lambda action: np.clip(low + (high - low) * (action + 1) / 2, low, high),  # rounding could pass a bound
         gym.spaces.Box(-1, 1, low.shape),
     )
-    return Pixels(env, args.action_repeat)
+    return Pixels(gym.wrappers.RepeatAction(env, args.action_repeat))
 
 
 # Ctrl-C, a closed terminal, the scheduler's end, its warning before
@@ -1883,10 +1877,7 @@ def open_run(args: Args, stack: contextlib.ExitStack) -> tuple[Path, dict | None
 def write_config(run_dir: Path, args: Args) -> None:
     flags = {key: value for key, value in vars(args).items() if key not in ("config", "resume", "evaluate")}
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "gymnasium", "mujoco"))
-    try:
-        write_file(run_dir / "config.yaml", f"# {versions}\n{yaml.safe_dump(flags, sort_keys=False)}".encode())
-    except OSError as error:
-        raise UserError(f"cannot write to the run folder {run_dir}: {error.strerror}") from None
+    write_file(run_dir / "config.yaml", f"# {versions}\n{yaml.safe_dump(flags, sort_keys=False)}".encode())
 
 
 def tune_cpu() -> None:
@@ -1937,8 +1928,11 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         print(f"{run_dir} has its {args.total_steps} frames: --evaluate it, or raise --total-steps", file=sys.stderr)
     logger = Logger(run_dir, args, counters.frames, checkpoint["metrics_size"] if checkpoint else 0)
     stack.callback(logger.close)
-    if not checkpoint:
-        write_config(run_dir, args)
+    try:
+        if not checkpoint:
+            write_config(run_dir, args)
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {run_dir}: {error.strerror}") from None
 
     def save(last: bool = False) -> bool:
         learner.wait()

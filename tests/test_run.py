@@ -695,6 +695,21 @@ def test_a_disk_that_is_full_for_a_while_is_survived_wherever_it_strikes(script,
     assert read_metrics(run_dir)[-1]["step"] == 300
 
 
+def test_a_disk_too_full_for_a_resumed_runs_flags_does_not_end_it(script, copy, tmp_path, monkeypatch, capsys):
+    write, strikes = script.write_file, itertools.count()
+
+    def full_at_first(path, data):
+        if path.name == "config.yaml" and next(strikes) == 0:
+            disk_full()
+        write(path, data)
+
+    monkeypatch.setattr(script, "write_file", full_at_first)
+    train(script, tmp_path, ["--resume", str(copy), "--total-steps", "500"])
+    assert "could not save" in capsys.readouterr().err and next(strikes) > 1
+    assert script.load_checkpoint(copy)["counters"]["frames"] == 500
+    assert script.load_config(copy / "config.yaml").total_steps == 500
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
 @pytest.mark.parametrize("cut", ["metrics.jsonl", "events.out.tfevents.*", "videos/1.gif"])
 def test_a_write_that_was_cut_short_spoils_nothing_that_comes_after_it(script, cut, tmp_path, capsys):
