@@ -1970,7 +1970,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         stop_signals.append(number)
 
     for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
             signal.signal(number, stop)
 
     # TRAINING LOOP

@@ -56,6 +56,14 @@ def script(request):
     return load(request.param)
 
 
+@pytest.fixture(autouse=True)
+def hangup_is_not_ignored():
+    """Where the tests run under nohup, the scripts that they start would ignore it, too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def finished(script, tmp_path_factory):
     """The folder of a run with evaluations and videos, which the tests only read."""
@@ -513,8 +521,7 @@ def test_a_closed_terminal_saves_and_ends(script, tmp_path):
     assert script.load_checkpoint(run_dir)["counters"]["frames"] > 0
 
 
-def test_a_signal_ignored_at_the_start_stays_ignored(script, tmp_path):
-    """As nohup wants it."""
+def test_under_nohup_a_closed_terminal_does_not_end_it(script, tmp_path):
     hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         train(script, tmp_path, small(script))
