@@ -286,7 +286,7 @@ def check_args(args: Args) -> Args:
     return args
 
 
-# What may not change beside --resume, besides the sizes, which do not fit the weights then.
+# What has to stay beside --resume. Other sizes do not fit the weights, and need no mention.
 KEPT = ("env_id", "num_envs", "action_repeat", "replay_capacity", "checkpoint_interval", "act", "actor_dist")
 
 
@@ -1951,9 +1951,9 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         }
         try:
             replay.steps.flush()
-            save_checkpoint(run_dir / "checkpoint.pt", state)
             if checkpoint:  # the flags beside --resume stay from here on: before, they might have failed
                 write_config(run_dir, args)
+            save_checkpoint(run_dir / "checkpoint.pt", state)
         except OSError as error:
             if last:
                 text = f"could not save frame {counters.frames} ({error}); the previous checkpoint stays"
@@ -2119,8 +2119,13 @@ def main(args: Args) -> None:
                 reason = str(error).partition("\n")[0]
                 mend = "install g++ and Python's headers (python3-dev), or leave the flag out"
                 raise UserError(f"--compile-cpu: torch.compile fails ({reason}): {mend}") from None
-        with contextlib.ExitStack() as stack:
-            train(args, device, stack)
+        try:
+            with contextlib.ExitStack() as stack:
+                train(args, device, stack)
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))):
+                raise
+            raise UserError("out of memory: lower --batch-size, --train-seq-len or the networks' sizes") from None
         return
     agent = Dreamer.from_pretrained(args.evaluate, device)
     (channels, _, _), action_size = probe_env(args)
@@ -2143,9 +2148,4 @@ if __name__ == "__main__":
         main(parse_args())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))):
-            raise
-        print("error: out of memory: lower --batch-size, --train-seq-len or the networks' sizes", file=sys.stderr)
         sys.exit(2)

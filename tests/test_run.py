@@ -414,7 +414,7 @@ def test_a_resume_that_fails_leaves_the_flags_as_they_were(script, copy, tmp_pat
         raise MemoryError
 
     monkeypatch.setattr(script.Learner, "update", update)
-    with pytest.raises(MemoryError):
+    with pytest.raises(script.UserError, match="out of memory"):
         train(script, tmp_path, ["--resume", str(copy), "--total-steps", "360", "--batch-size", "5"])
     assert contents(copy)["config.yaml"] == before
 
