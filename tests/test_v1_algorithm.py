@@ -161,6 +161,22 @@ def test_filtering_in_two_pieces_equals_filtering_at_once(monkeypatch):
     check(torch.cat([first.feat, second.feat]), whole.feat)
 
 
+@pytest.mark.parametrize("steps", [10, 23])
+def test_sequences_of_any_length_are_filtered_step_after_step(steps, monkeypatch):
+    """`observe` goes through them in spans of 10 steps."""
+    monkeypatch.setattr(v1, "sample_normal", lambda mean, std: mean)
+    rssm, embed, action = make_agent().world_model.rssm, noise(steps, B, 6), noise(steps, B, ACTION, seed=1)
+    is_first = noise(steps, B, seed=2) > 1.3
+    assert is_first.any()
+    states, state = [], rssm.initial(B)
+    for step in zip(action, rssm.project_embed(embed), is_first, strict=True):
+        state = rssm.observe_step(state.stoch, state.deter, *step)
+        states.append(state)
+    post, _ = v1.observe(rssm, embed, action, is_first)
+    for name, field in post._asdict().items():
+        check(field, torch.stack([getattr(state, name) for state in states]), name)
+
+
 def test_policy_filters_as_training_does_with_the_action_it_took_stored_at_the_next_step(monkeypatch):
     agent, batch = make_agent(), make_batch()
     latent, own = noise(T, B, 4), noise(T, B, ACTION)

@@ -145,11 +145,10 @@ def test_reward_head_predicts_the_reward_whose_twohot_weights_it_has_learned(v2)
 
 
 def test_reward_loss_is_the_cross_entropy_of_twohot_labels(v2):
-    head, feat, reward = make_agent(v2).world_model.reward, noise(5, FEAT), 10 * noise(5, seed=1)
-    logits = head(feat)
-    expected = dist.Categorical(logits=logits)
+    head, feat, reward = make_agent(v2).world_model.reward, noise(T, B, FEAT), 10 * noise(T, B, seed=1)
+    expected = dist.Categorical(logits=head(feat))
     labels = v2.twohot(v2.symlog(reward), BINS)
-    check(head.nll(feat, reward), torch.stack([-(labels * expected.logits).sum(-1)])[0])
+    check(head.nll(feat, reward), -(labels * expected.logits).sum(-1))
     check(head.mean(feat), v2.symexp(expected.probs @ BINS))
 
 
@@ -243,6 +242,14 @@ def test_sampled_latents_pass_the_gradient_of_their_probabilities(v2):
     check_gradient(gradient, expected)
 
 
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-24])
+def test_the_lowest_and_the_highest_random_numbers_draw_classes_too_but_none_that_cannot_be(v2, number, monkeypatch):
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, number))
+    logits = noise(1000, 4, 6)
+    logits[..., 0] = -1e4
+    assert torch.equal(v2.sample_onehot(logits).argmax(-1), torch.full((1000, 4), 1 if number == 0 else 5))
+
+
 def test_extreme_logits_are_sampled_without_nan(v2):
     sample = v2.sample_onehot(torch.tensor([[0.0, -1e4, 1e4], [-1e30, 0.0, -1e30]]).expand(1000, 2, 3))
     assert torch.equal(sample, F.one_hot(torch.tensor([2, 1]), 3).float().expand(1000, 2, 3))
@@ -260,6 +267,23 @@ def test_is_first_in_the_middle_of_a_sequence_equals_starting_a_fresh_sequence_t
     check(prior[k:, 1], fresh_prior[:, 1])
     other, _ = v2.observe(rssm, embed, action, never)
     assert not torch.allclose(post.deter[k:, 1], other.deter[k:, 1])
+
+
+@pytest.mark.parametrize("steps", [10, 23])
+def test_sequences_of_any_length_are_filtered_step_after_step(v2, steps, monkeypatch):
+    """`observe` goes through them in spans of 10 steps."""
+    monkeypatch.setattr(v2, "sample_onehot", mode)
+    rssm, embed, action = make_agent(v2).world_model.rssm, noise(steps, B, 6), noise(steps, B, ACTION, seed=1)
+    is_first = noise(steps, B, seed=2) > 1.3
+    assert is_first.any()
+    states, state = [], rssm.initial(B)
+    for step in zip(action, rssm.project_embed(embed), is_first, strict=True):
+        state = rssm.observe_step(state.stoch, state.deter, *step)
+        states.append(state)
+    post, prior = v2.observe(rssm, embed, action, is_first)
+    for name, field in post._asdict().items():
+        check(field, torch.stack([getattr(state, name) for state in states]), name)
+    check(prior, rssm.prior(post.deter))
 
 
 class Drawn:
