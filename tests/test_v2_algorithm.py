@@ -747,6 +747,24 @@ def test_a_loss_that_is_not_finite_leaves_all_weights_as_they_were_even_by_the_d
         learner.check_finite(metrics)
 
 
+@pytest.mark.parametrize("finite", ["loss", "gradient", "both"])
+def test_a_step_is_skipped_when_either_its_loss_or_its_gradient_is_not_finite(v2, finite):
+    agent = make_agent(v2)
+    learner, parameters = make_learner(agent), list(agent.actor.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    loss = sum(parameter.sum() for parameter in parameters)
+    if finite == "loss":
+        loss = loss + (parameters[0] - before[0]).abs().sum().sqrt()  # its slope at 0 is infinite
+    if finite == "gradient":
+        loss = loss + math.inf
+    loss.backward()
+    metrics = learner.step("actor", loss)
+    assert loss.isfinite().item() is (finite != "gradient")
+    assert metrics["grad_norm/actor"].isfinite().item() is (finite != "loss")
+    assert metrics["skipped/actor"].item() == (finite != "both")
+    assert all(map(torch.equal, before, parameters)) is (finite != "both")
+
+
 def test_a_resumed_learner_keeps_its_moments_and_takes_learning_rate_and_decay_from_the_flags(v2):
     agent = make_agent(v2)
     learner = make_learner(agent)
