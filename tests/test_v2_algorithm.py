@@ -87,6 +87,26 @@ def kolmogorov_smirnov(sample: torch.Tensor, ranks: torch.Tensor) -> None:
     assert (ranks[order] - steps).abs().max() < 2.23 / math.sqrt(len(sample))
 
 
+@pytest.mark.parametrize("layer_norm", [True, False])
+@pytest.mark.parametrize("act", ["elu", "silu"])
+def test_hidden_layers_are_a_linear_one_a_layer_norm_with_epsilon_1e_3_and_the_activation(v2, act, layer_norm):
+    agent, feat = make_agent(v2, act=act, layer_norm=layer_norm), 0.1 * noise(5, FEAT)
+    with torch.no_grad():
+        x, layers = feat, [layer for layer in agent.value if list(layer.parameters())]
+        *hidden, output = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
+        norms = [layer for layer in layers if isinstance(layer, torch.nn.LayerNorm)]
+        assert len(hidden) == 4 and len(norms) == 4 * layer_norm
+        for i, linear in enumerate(hidden):
+            x = x @ linear.weight.T + linear.bias
+            if layer_norm:
+                x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-3).sqrt()
+                x = x * norms[i].weight + norms[i].bias
+            x = x * x.sigmoid() if act == "silu" else torch.where(x > 0, x, x.expm1())
+        check(agent.value(feat), x @ output.weight.T + output.bias)
+    epsilons = {layer.eps for layer in agent.modules() if isinstance(layer, torch.nn.LayerNorm)}
+    assert epsilons == {1e-3}  # the GRU has one in any case
+
+
 # TWO-HOT REWARDS
 
 BINS = torch.linspace(-20, 20, 255)
