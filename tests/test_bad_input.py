@@ -131,6 +131,30 @@ def test_each_number_must_be_finite_and_not_negative(script):
                     script.check_args(args)
 
 
+SHARES = {"discount", "td_lambda", "actor_grad_mix", "kl_alpha", "weight_decay"}  # from 0 to 1, both included
+POSITIVE = {"model_learning_rate", "actor_learning_rate", "value_learning_rate", "adam_eps", "grad_clip"}
+MAY_BE_ZERO = {"seed", "seed_steps", "pretrain", "eval_every", "obs_embed_size"}
+MAY_BE_ZERO |= {"reward_layers", "discount_layers", "value_layers", "actor_layers"}
+
+
+def test_each_number_is_taken_up_to_its_bounds_and_not_beyond(script):
+    shares = SHARES | ({"action_noise"} if is_discrete(script) else set())
+    for name, kind in script.Args.__annotations__.items():
+        if name in shares:
+            good, bad = [0.0, 1.0], 1.001
+        elif name in POSITIVE:
+            good, bad = [1e-9, 1.0], 0.0
+        elif kind is int:
+            least = 2 if name in ("imagine_horizon", "train_seq_len") else int(name not in MAY_BE_ZERO)
+            good, bad = [least + (name == "replay_capacity")], least - 1  # a replay must hold a sequence of 2
+        else:
+            continue
+        for value in good:
+            script.check_args(script.Args(**{"train_seq_len": 2} | {name: value}))
+        with pytest.raises(script.UserError, match=f"--{name.replace('_', '-')} {bad} must"):
+            script.check_args(script.Args(**{name: bad}))
+
+
 @pytest.mark.parametrize("length", [1, 2, 4, 5, 6])
 def test_short_sequences_work_or_are_refused_at_once(script, length, tmp_path):
     flags = small(script, train_seq_len=length, total_steps=80, seed_steps=40, eval_every=80)
