@@ -103,6 +103,15 @@ class Draws:
 # COMPARISONS
 
 
+def step_by_step(rssm: nn.Module, embed: Tensor, action: Tensor, is_first: Tensor) -> tuple:
+    """Posterior states, fields (T, B, ...), by one `observe_step` after the other."""
+    states, state = [], rssm.initial(embed.shape[1])
+    for step in zip(action, rssm.project_embed(embed), is_first, strict=True):
+        state = rssm.observe_step(state.stoch, state.deter, *step)
+        states.append(state)
+    return type(state)(*(torch.stack(fields) for fields in zip(*states, strict=True)))
+
+
 def check(actual: Tensor, expected: Tensor, name: str = "", tolerance: float = 1e-5) -> None:
     """Values agree to `tolerance` * max(1, largest expected)."""
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"

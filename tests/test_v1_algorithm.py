@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from golden_tools import Draws, Record, check, check_gradient, check_policy, noise, watch
+from golden_tools import Draws, Record, check, check_gradient, check_policy, noise, step_by_step, watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributions as dist
@@ -168,13 +168,9 @@ def test_sequences_of_any_length_are_filtered_step_after_step(steps, monkeypatch
     rssm, embed, action = make_agent().world_model.rssm, noise(steps, B, 6), noise(steps, B, ACTION, seed=1)
     is_first = noise(steps, B, seed=2) > 1.3
     assert is_first.any()
-    states, state = [], rssm.initial(B)
-    for step in zip(action, rssm.project_embed(embed), is_first, strict=True):
-        state = rssm.observe_step(state.stoch, state.deter, *step)
-        states.append(state)
     post, _ = v1.observe(rssm, embed, action, is_first)
     for name, field in post._asdict().items():
-        check(field, torch.stack([getattr(state, name) for state in states]), name)
+        check(field, getattr(step_by_step(rssm, embed, action, is_first), name), name)
 
 
 def test_policy_filters_as_training_does_with_the_action_it_took_stored_at_the_next_step(monkeypatch):
