@@ -319,7 +319,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def choose_gl() -> None:
     """Sets MUJOCO_GL, before MuJoCo is imported, to a backend that renders without a display: EGL, else OSMesa."""
-    if "MUJOCO_GL" in os.environ or sys.platform != "linux":
+    if os.environ.get("MUJOCO_GL") or sys.platform != "linux":
         return
     for backend, libraries in (("egl", ("libEGL.so.1", "libGL.so.1")), ("osmesa", ("libOSMesa.so.8",))):
         with contextlib.suppress(OSError):
@@ -484,9 +484,9 @@ def probe_env(args: Args) -> tuple[tuple[int, ...], int]:
     except UserError:
         raise
     except Exception as error:  # whatever a third party's environment raises
-        mend = "ids end in a version, like Pendulum-v1, or begin with dmc/, ALE/ or atari/"
-        if re.search("EGL|OpenGL|eglQuery|glGetError|OSMesa", str(error)):
-            mend = "apt-get install --no-install-recommends libegl1 libgl1"
+        mend = "ids are like Pendulum-v1, dmc/walker-walk, ALE/Pong-v5, or my_envs:MyEnv-v0 for a module my_envs.py"
+        if re.search("EGL|OpenGL|eglQuery|glGetError|OSMesa|MUJOCO_GL", str(error)):
+            mend = "unset MUJOCO_GL, or apt-get install --no-install-recommends libegl1 libgl1"
         elif "No module named 'dm_control'" in str(error):  # labmaze, which it requires, has no wheel for 3.13
             mend = "Python 3.13 and newer: pip install dm-env lxml scipy, then pip install --no-deps dm_control==1.0.50"
         raise UserError(f"cannot use {args.env_id}: {type(error).__name__}: {str(error)[:300]} ({mend})") from None
@@ -1583,7 +1583,8 @@ def evaluate(agent: Dreamer, args: Args, episodes: int, seed: int, stop: list) -
     try:
         image = reset_envs(envs, seed, args.env_timeout)
         is_first, is_last, state = np.ones(1, bool), np.zeros(1, bool), agent.initial_state(1)
-        returns, total, frames, steps_left = [], 0.0, [image[0]], episodes * (108_000 // args.action_repeat)
+        returns, total, frames = [], 0.0, [image[0]]
+        steps_left = episodes * (108_000 // args.action_repeat + 2)  # a part of a step at the end, and the reset's row
         while len(returns) < episodes and steps_left and not stop:
             action, state = policy(image, state, is_first)
             action = action.cpu().numpy()

@@ -116,6 +116,10 @@ class Endless(DotSteer):
         return np.array(self.state(), np.float32), 0.0, False, False, {}
 
 
+class Longest(Endless):
+    """Its episodes end at the limit of 108,000 frames."""
+
+
 class Slow(DotSteer):
     """A hundredth of a second a step, and no time limit."""
 
@@ -205,9 +209,10 @@ class FromTwo(Gauge):
         self.action_space = gym.spaces.Discrete(3, start=2)
 
 
-for cls in (*Faulty.__subclasses__(), *(cls for cls in DotSteer.__subclasses__() if cls is not Faulty), FromTwo):
+plain = (cls for cls in DotSteer.__subclasses__() if cls is not Faulty)
+for cls in (*Faulty.__subclasses__(), *plain, Longest, FromTwo):
     for suffix, discrete in (("", False), ("Discrete", True)):
         env_id = f"{cls.__name__}{suffix}-v0"
         if cls.__module__ == __name__ and env_id not in gym.registry:
-            limit = None if cls in (Endless, Slow, Gauge, FromTwo) else 25
+            limit = None if cls in (Endless, Slow, Gauge, FromTwo) else 108_000 if cls is Longest else 25
             gym.register(env_id, f"{__name__}:{cls.__name__}", max_episode_steps=limit, kwargs={"discrete": discrete})

@@ -283,6 +283,7 @@ EGL, OSMESA = {"libEGL.so.1", "libGL.so.1"}, {"libOSMesa.so.8"}
         ({"libEGL.so.1"}, {}, "error"),
         (EGL, {"MUJOCO_GL": "osmesa"}, "osmesa"),
         (set(), {"MUJOCO_GL": "glfw"}, "glfw"),
+        (EGL, {"MUJOCO_GL": ""}, "egl"),
     ],
 )
 def test_the_gl_backend_is_what_the_user_set_else_egl_else_osmesa(continuous, libraries, environ, chosen, monkeypatch):

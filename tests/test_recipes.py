@@ -84,6 +84,8 @@ PAPERS = {
         "seed_steps": 2000,
         "collect_steps": 10,
         "pretrain": 100,
+        "eval_every": 20_000,
+        "eval_episodes": 1,
         "total_steps": 2_000_000,
     },
     "v2_atari_paper.yaml": V2_PAPER
@@ -107,12 +109,15 @@ PAPERS = {
         "seed_steps": 200_000,
         "collect_steps": 64,
         "pretrain": 1,
+        "eval_every": 1_000_000,
+        "eval_episodes": 1,
         "total_steps": 200_000_000,
     },
 }
 
-# The same at 0216d33.
+# The same at 0216d33, but for its evaluations.
 PAPERS["v2_atari_curves.yaml"] = PAPERS["v2_atari_paper.yaml"] | {"batch_size": 50, "full_action_space": True}
+PAPERS["v2_atari_curves.yaml"] |= {"eval_every": 500_000, "eval_episodes": 5}
 
 
 def test_every_recipe_belongs_to_a_script():

@@ -906,6 +906,13 @@ def test_an_evaluation_whose_episodes_do_not_end_is_given_up(script):
         script.evaluate(script.Dreamer.from_config(args), args, 2, seed=1, stop=[])
 
 
+@pytest.mark.parametrize("action_repeat", [36_000, 25_000])
+def test_an_evaluation_plays_all_episodes_though_each_is_as_long_as_can_be(script, action_repeat):
+    args = small_args(script, env_id=env_id(script, "Longest", "tests.faulty_envs"), action_repeat=action_repeat)
+    returns, _ = script.evaluate(script.Dreamer.from_config(args), args, 3, seed=1, stop=[])
+    assert len(returns) == 3
+
+
 def test_evaluate_tells_of_a_faulty_environment_in_one_line(script, finished, tmp_path):
     flags = ["--evaluate", str(finished), "--env-id", env_id(script, "Raises", "tests.faulty_envs")]
     with pytest.raises(script.UserError, match="Raises.*failed: RuntimeError: the simulator fell over"):
