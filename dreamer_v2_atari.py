@@ -314,8 +314,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
             raise UserError(f"{message} ({mend})") from None
 
     words = sys.argv[1:] if argv is None else argv
-    if "" in words:  # `--resume ""` would begin a new run
-        raise UserError(f"nothing after {words[words.index('') - 1]}: is a variable of the shell not set?")
+    for before, word in zip(["the script's name", *words], words, strict=False):
+        if not word or re.fullmatch(r"--[\w-]+=", word):  # `--resume ""` would begin a new run
+            raise UserError(f"nothing after {word or before}: is a variable of the shell not set?")
     args = parse(Args())
     run_dir = args.resume or args.evaluate
     path = os.path.join(run_dir, "config.yaml") if run_dir else args.config
@@ -341,9 +342,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def atari_game(env_id: str) -> str | None:
     """The game's name in ALE for `PongNoFrameskip-v4`, `ALE/Pong-v5`, `atari/pong` and the like; None for other ids."""
-    suite, _, name = env_id.removeprefix("ale_py:").rpartition("/")
+    env_id = env_id.removeprefix("ale_py:")
+    suite, _, name = env_id.rpartition("/")
     key = re.sub(r"((NoFrameskip|Deterministic)?-v\d+)?$", "", name, count=1).replace("_", "").lower()
-    games = {game.replace("_", ""): game for game in ale_py.roms.get_all_rom_ids()}
+    for_two = {"combat", "joust", "maze_craze", "warlords"}  # which end the process
+    games = {game.replace("_", ""): game for game in ale_py.roms.get_all_rom_ids() if game not in for_two}
     if suite in ("ALE", "atari") and key not in games:
         raise UserError(f"ALE has no game {name!r}; names are like PongNoFrameskip-v4, ALE/Pong-v5 or atari/pong")
     is_atari = suite in ("ALE", "atari") or re.fullmatch(r"\w+-v[04]", env_id)  # Blackjack-v1 is Gymnasium's own
@@ -411,7 +414,7 @@ class Pixels(gym.Wrapper):
     def pixels(self) -> np.ndarray:
         frame = self.env.render()
         if not (isinstance(frame, np.ndarray) and frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8):
-            raise UserError("render() does not give an image: the environment must support render_mode='rgb_array'")
+            raise UserError("render() gives no uint8 image (H, W, 3): the environment needs render_mode='rgb_array'")
         return cv2.resize(frame, (64, 64), interpolation=cv2.INTER_AREA).transpose(2, 0, 1)
 
     @plain_errors
@@ -482,8 +485,10 @@ def probe_env(args: Args) -> tuple[tuple[int, ...], int]:
         envs.close()
     except UserError:
         raise
-    except Exception as error:  # whatever a third party's environment raises
-        mend = "ids are like Pendulum-v1, dmc/walker-walk, ALE/Pong-v5, or my_envs:MyEnv-v0 for a module my_envs.py"
+    except (Exception, SystemExit) as error:  # whatever a third party's environment raises
+        mend = "the environment itself fails"
+        if isinstance(error, (gym.error.Error, ImportError)):
+            mend = "ids: Pendulum-v1, dmc/walker-walk, ALE/Pong-v5, my_envs:MyEnv-v0 with my_envs.py beside the script"
         if re.search("EGL|OpenGL|eglQuery|glGetError|OSMesa|MUJOCO_GL", str(error)):
             mend = "unset MUJOCO_GL, or apt-get install --no-install-recommends libegl1 libgl1"
         elif "No module named 'dm_control'" in str(error):  # labmaze, which it requires, has no wheel for 3.13
@@ -974,25 +979,29 @@ class Replay:
                 raise ValueError(f"it was written with another environment, {flags}: give those of its config.yaml")
         except (OSError, ValueError, OverflowError) as error:
             raise UserError(f"cannot open the replay {self.path}: {error}") from None
-        self.reserved = 0
+        self.reserve(0)
         self.mirror = None
         if device.type == "cuda" and self.steps["image"].nbytes < 0.6 * torch.cuda.mem_get_info()[0]:
             self.mirror = torch.zeros(self.steps["image"].shape, dtype=torch.uint8, device=device)
 
-    def add(self, image, action, reward, is_first, is_terminal, is_last) -> None:
-        """Appends one row to each stream; arguments are (num_envs, ...). Raises `UserError` on a full disk."""
-        row = self.total % self.rows
-        if row >= self.reserved and hasattr(os, "posix_fallocate"):
-            self.reserved = min(self.rows, row + self.GROWTH)
+    def reserve(self, row: int) -> None:
+        """Takes disk space for the rows from `row` on. Raises `UserError` on a full disk."""
+        self.reserved = min(self.rows, row + self.GROWTH)
+        if hasattr(os, "posix_fallocate"):
             try:
                 with open(self.path, "r+b") as file:
                     stride = self.num_envs * self.fields.itemsize
                     offset = self.steps.offset + row * stride
                     os.posix_fallocate(file.fileno(), offset, (self.reserved - row) * stride)
             except OSError as error:
-                raise UserError(
-                    f"no room for the replay {self.path} ({error.strerror}): free some space, then --resume"
-                ) from None
+                text = f"no room for the replay {self.path} ({error.strerror})"
+                raise UserError(f"{text}: free some space, then start again or --resume") from None
+
+    def add(self, image, action, reward, is_first, is_terminal, is_last) -> None:
+        """Appends one row to each stream; arguments are (num_envs, ...). Raises `UserError` on a full disk."""
+        row = self.total % self.rows
+        if row >= self.reserved:
+            self.reserve(row)
         steps = np.empty(self.num_envs, self.fields)
         values = (image, action, reward, is_first, is_terminal, is_last)
         for name, value in zip(self.fields.names[:-1], values, strict=True):
@@ -1528,12 +1537,13 @@ class Logger:
         if args.track:
             import wandb
 
+            name = run_dir.resolve().name
             try:
                 wandb.init(
                     project=args.wandb_project_name,
                     entity=args.wandb_entity,
-                    name=run_dir.name,
-                    id=run_dir.name[-120:],
+                    name=name,
+                    id=name[-120:],
                     resume="allow",
                     sync_tensorboard=True,
                     config=vars(args),
@@ -1542,8 +1552,9 @@ class Logger:
             except Exception as error:  # no login, no network
                 raise UserError(f"cannot --track: {error} (wandb login, or WANDB_MODE=offline)") from None
         try:
-            with open(self.path, "ab") as file:  # what a killed run wrote after its checkpoint will be written again
-                file.truncate(min(offset, file.tell()))
+            with open(self.path, "a+b") as file:  # what a killed run wrote after its checkpoint will be written again
+                file.seek(0)
+                file.truncate(file.read(offset).rfind(b"\n") + 1)  # whole lines: it may have lost its end
             self.writer = SummaryWriter(run_dir, purge_step=step + 1 if step else None)
         except OSError as error:
             raise UserError(f"cannot write to the run folder {run_dir}: {error.strerror}") from None
@@ -1600,7 +1611,7 @@ class Logger:
         """Tells each kind of trouble once."""
         if topic not in self.warned:
             self.warned.add(topic)
-            tqdm.write(f"warning: {message}", file=sys.stderr)
+            tqdm.write(f"warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 def diagnose(values: dict[str, float], image_errors: list[float], args: Args) -> dict[str, str]:
@@ -1776,28 +1787,31 @@ def prefetch(pool: ThreadPoolExecutor, replay: Replay, rng: np.random.Generator,
             future.exception()
 
 
-def discard_refused(run_dir: Path) -> None:
+def discard_refused(run_dir: Path, made_parent: bool) -> None:
     """Removes the folder of a new run whose set-up failed: bad input leaves nothing behind."""
     # The set-up ends with config.yaml; a run that has saved is kept whatever became of that file.
     if not any((run_dir / name).exists() for name in ("config.yaml", "checkpoint.pt")):
         shutil.rmtree(run_dir, ignore_errors=True)
         with contextlib.suppress(OSError):  # other runs are in it
-            run_dir.parent.rmdir()
+            if made_parent:
+                run_dir.parent.rmdir()
 
 
 def open_run(args: Args, stack: contextlib.ExitStack) -> tuple[Path, dict | None]:
     """The run folder, locked until `stack` closes: a new one, or the one to resume with its checkpoint."""
-    run_dir, now = Path(args.resume), int(time.time())
+    run_dir, parent, now = Path(args.resume or "runs"), Path("runs"), int(time.time())
     try:
+        made_parent = not parent.exists()
         while not args.resume:
+            parent.mkdir(exist_ok=True)
             name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
-            run_dir = Path("runs", re.sub(r"[^\w.=+-]+", "-", name).lstrip(".-"))
+            run_dir = parent / re.sub(r"[^\w.=+-]+", "-", name).lstrip(".-")
             try:
-                run_dir.mkdir(parents=True)
+                run_dir.mkdir()
             except FileExistsError:  # another run began in the same second
                 now += 1
                 continue
-            stack.callback(discard_refused, run_dir)
+            stack.callback(discard_refused, run_dir, made_parent)
             break
         folder = os.open(run_dir, os.O_RDONLY)
     except OSError as error:
@@ -1839,6 +1853,17 @@ def tune_cpu() -> None:
 def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None:
     """The training loop: act, learn, step, store, log, evaluate, save. `stack` closes what it opens."""
     # SETUP
+    stop_signals = []
+
+    def stop(number, _):
+        # The second one stops at once; but a closed terminal may tell twice, by its shell and by the kernel.
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
+        stop_signals.append(number)
+
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, stop)
+
     for redirect, stream in ((contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)):
         stack.enter_context(redirect(Console(stream)))
     rng = np.random.default_rng(args.seed)
@@ -1902,17 +1927,6 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
             logger.warn("save", f"could not save ({error}); the previous checkpoint stays, trying again later")
             return False
         return True
-
-    stop_signals = []
-
-    def stop(number, _):
-        # The second one stops at once; but a closed terminal may tell twice, by its shell and by the kernel.
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
-        stop_signals.append(number)
-
-    for number in STOP_SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
-            signal.signal(number, stop)
 
     # TRAINING LOOP
     envs = SturdyEnvs(args, counters, logger)
@@ -2073,7 +2087,8 @@ def main(args: Args) -> None:
     if (channels, action_size) != (agent.channels, agent.action_size):
         raise UserError(f"the agent was trained on another environment: {args.env_id} has other images or actions")
     stop_signals = []
-    signal.signal(signal.SIGINT, lambda number, _: stop_signals.append(number))  # ends with what was played
+    for number in (signal.SIGINT, signal.SIGTERM):  # ends with what was played; else pygame would take SIGTERM
+        signal.signal(number, lambda number, _: stop_signals.append(number))
     agent.args = args  # flags may have been given beside --evaluate
     try:
         returns, _ = evaluate(agent, args, args.eval_episodes, args.seed, stop_signals)

@@ -6,6 +6,7 @@ the next process or instance that it has happened.
 """
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -173,6 +174,11 @@ class FloatPicture(DotSteer):
 class CannotBeMade(DotSteer):
     def __init__(self, **kwargs):
         raise OSError("libsimulator.so: cannot open shared object file\nin two lines")
+
+
+class ExitsWhenMade(DotSteer):
+    def __init__(self, **kwargs):
+        sys.exit(3)
 
 
 class CannotBeReset(DotSteer):

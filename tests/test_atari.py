@@ -241,7 +241,7 @@ def test_every_id_that_gymnasium_has_for_a_game_is_that_game_and_no_other_id_is(
 def test_each_game_of_the_paper_resolves_by_all_its_names_and_starts(game):
     camel = "".join(word.capitalize() for word in game.replace("james_bond", "jamesbond").split("_"))
     names = [f"{camel}NoFrameskip-v4", f"ALE/{camel}-v5", f"atari/{game}", f"{camel}-v4", f"{camel}Deterministic-v4"]
-    names.append(f"ale_py:{names[1]}")
+    names += [f"ale_py:{name}" for name in (names[0], names[1], names[3])]
     assert names[0] in gym.registry and names[1] in gym.registry
     resolved = {atari.atari_game(name) for name in names}
     assert len(resolved) == 1 and None not in resolved
@@ -252,7 +252,9 @@ def test_each_game_of_the_paper_resolves_by_all_its_names_and_starts(game):
     envs.close()
 
 
-@pytest.mark.parametrize("env_id", ["PnogNoFrameskip-v4", "ALE/Pnog-v5", "atari/pnog", "atari/", "ALE/", "Pong", ""])
+@pytest.mark.parametrize(
+    "env_id", ["PnogNoFrameskip-v4", "ALE/Pnog-v5", "atari/pnog", "atari/", "ALE/", "Pong", "", "atari/joust"]
+)
 def test_an_unknown_game_is_told_in_one_line(env_id):
     with pytest.raises(atari.UserError) as error:
         atari.probe_env(small_args(atari, env_id=env_id))

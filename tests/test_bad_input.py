@@ -73,7 +73,9 @@ def assert_refused(script, folder, flags, fragment):
         (["--units", "many"], "units"),
         (["--units", "2.5"], "units"),
         (["--units", ""], "units"),
-        (["--resume", ""], "nothing after --resume"),
+        (["--resume", ""], "nothing after --resume:"),
+        (["--resume=", "--seed", "1"], "nothing after --resume="),
+        (["--evaluate="], "nothing after --evaluate="),
         (["--env-timeout", "1e7"], "env-timeout.*at most"),
         (["--units", "0"], "units.*at least 1"),
         (["--units", "-8"], "units.*-8"),
@@ -120,6 +122,11 @@ def assert_refused(script, folder, flags, fragment):
 )
 def test_bad_flags_are_refused(script, flags, fragment, tmp_path):
     assert_refused(script, tmp_path, small(script) + flags, fragment)
+
+
+def test_an_empty_first_word_is_refused(script):
+    with pytest.raises(script.UserError, match="nothing after the script's name"):
+        script.parse_args(["", "--seed", "1"])
 
 
 def test_each_number_must_be_finite_and_not_negative(script):
@@ -348,7 +355,7 @@ ENVIRONMENTS = [
     ("", "env-id|cannot use"),
     (":", "cannot use|env-id"),
     ("/", "cannot use|env-id"),
-    ("Pendulum", "cannot use.*ids are like Pendulum-v1"),
+    ("Pendulum", "cannot use.*ids: Pendulum-v1"),
     ("a b\nc", "cannot use"),
 ]
 CONTINUOUS_ONLY = [
@@ -376,9 +383,10 @@ FAULTY = [
     ("WholeActions", "int8.*needs"),
     ("Unbounded", "unbounded"),
     ("NoPicture", "render|rgb_array"),
-    ("FloatPicture", "render"),
+    ("FloatPicture", "render.*uint8 image"),
     ("CannotBeMade", "OSError: libsimulator.so: cannot open shared object file"),
-    ("CannotBeReset", "ValueError: no such level"),
+    ("CannotBeReset", "ValueError: no such level.*environment itself"),
+    ("ExitsWhenMade", "SystemExit: 3"),
 ]
 BOX_ONLY = {"TwoDimensional", "NoActions", "WholeActions", "TextActions", "Unbounded"}
 
@@ -628,6 +636,14 @@ def block_runs(folder):
     (folder / "runs").write_text("a file in the way")
 
 
+def unmount_runs(folder):
+    (folder / "runs").symlink_to(folder / "nothing")
+
+
+def make_runs(folder):
+    (folder / "runs").mkdir()
+
+
 def break_yaml(folder):
     (folder / "recipe.yaml").write_text("units: [\n")
 
@@ -639,6 +655,8 @@ COMMANDS = {
     "no run folder": (None, ["--resume", "runs/nothing"], "runs/nothing is not a run folder"),
     "broken YAML": (break_yaml, ["--config", "recipe.yaml"], "recipe.yaml"),
     "runs is a file": (block_runs, None, "run folder"),
+    "runs leads nowhere": (unmount_runs, None, "run folder runs"),
+    "runs is empty, and the disk too small": (make_runs, ["--replay-capacity", str(10**14)], "replay"),
     "out of memory": (None, ["--units", "1000000000000"], "out of memory"),
     "no C++ compiler": (None, ["--compile-cpu", "--no-cuda"], "install g++"),
 }
@@ -652,7 +670,7 @@ def outcomes(script, tmp_path_factory):
         folder = tmp_path_factory.mktemp("cwd")
         if prepare:
             prepare(folder)
-        flags = small(script) if flags is None else flags
+        flags = flags if flags and "--replay-capacity" not in flags else [*small(script), *(flags or ())]
         running[name] = folder, contents(folder), start(script, folder, flags, env=env)
     outcomes = {}
     for name, (folder, before, process) in running.items():

@@ -18,6 +18,8 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,6 +186,14 @@ def test_track_without_a_login_is_one_line(script, tmp_path, monkeypatch):
     with pytest.raises(script.UserError, match="--track.*no API key configured.*wandb login"):
         train(script, tmp_path, small(script, track=True))
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_run_has_its_name_in_wandb_also_when_resumed_from_within_its_folder(script, tmp_path, monkeypatch):
+    named = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: named.append(settings)))
+    monkeypatch.chdir(tmp_path)
+    script.Logger(Path("."), small_args(script, track=True), 0, 0).close()
+    assert named[0]["name"] == named[0]["id"] == tmp_path.name
 
 
 def test_tensorboard_shows_the_same_scalars(finished):
@@ -468,6 +478,15 @@ def test_resume_without_the_log_starts_a_new_one(script, copy, tmp_path):
     assert read_metrics(copy)[-1]["step"] == 360
 
 
+def test_a_log_that_lost_its_end_is_gone_on_with_on_a_new_line(script, copy, tmp_path):
+    """A power cut may take what was not yet on the disk."""
+    whole = (copy / "metrics.jsonl").read_bytes()
+    (copy / "metrics.jsonl").write_bytes(whole[:-30])
+    train(script, tmp_path, ["--resume", str(copy), "--total-steps", "360"])
+    steps = [line["step"] for line in read_metrics(copy)]
+    assert len(steps) > whole.count(b"\n") - 1 and steps[-1] == 360
+
+
 @pytest.mark.parametrize(
     ("number", "changes", "whole_group"),
     [
@@ -530,6 +549,21 @@ def test_under_nohup_a_closed_terminal_does_not_end_it(script, tmp_path):
         signal.signal(signal.SIGHUP, hangup)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_set_up_saves_too(script, number, tmp_path, monkeypatch):
+    def replay(*args):
+        signal.raise_signal(number)
+        return made(*args)
+
+    made = script.Replay
+    monkeypatch.setattr(script, "Replay", replay)
+    run_dir = train(script, tmp_path, small(script))
+    assert script.load_checkpoint(run_dir)["counters"]["frames"] == 0
+    monkeypatch.undo()
+    train(script, tmp_path, ["--resume", str(run_dir)])
+    assert script.load_checkpoint(run_dir)["counters"]["frames"] == 300
+
+
 def test_ctrl_c_while_workers_start_saves_too(script, tmp_path):
     """In a terminal it reaches the workers as well, which are importing then."""
     with started(script, tmp_path, small(script, total_steps=1_000_000, num_envs=2)) as process:
@@ -589,6 +623,18 @@ def test_evaluate_prints_mean_and_deviation_and_writes_nothing(script, finished,
     assert contents(finished) == before and not list(tmp_path.iterdir())
     train(script, tmp_path, ["--evaluate", str(finished), "--eval-episodes", "3"])
     assert capsys.readouterr().out == printed, "the same seed plays the same episodes"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_evaluation_that_is_stopped_tells_what_was_played(script, finished, tmp_path, monkeypatch, capsys, number):
+    def evaluate(agent, args, episodes, seed, stop):
+        signal.raise_signal(number)
+        assert stop == [number]
+        return [2.0], None
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    train(script, tmp_path, ["--evaluate", str(finished), "--eval-episodes", "3"])
+    assert "return 2.00 +- 0.00 over 1 episodes" in capsys.readouterr().out
 
 
 def test_flags_beside_evaluate_hold(script, finished, tmp_path, monkeypatch):
@@ -769,6 +815,13 @@ def test_a_replay_that_finds_no_room_to_grow_ends_the_run_with_its_progress_save
     assert script.load_checkpoint(run_dir)["counters"]["frames"] == 300
 
 
+def test_a_run_whose_first_steps_find_no_room_leaves_nothing(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.os, "posix_fallocate", lambda *_: disk_full())
+    with pytest.raises(script.UserError, match="no room for the replay.*start again"):
+        train(script, tmp_path, small(script))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("broken", ["/dev/full", "closed", "pipe"])
 def test_output_that_cannot_be_written_does_not_end_a_run(script, broken, tmp_path):
     command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *small(script, eval_every=100)]
@@ -884,9 +937,11 @@ class SilentLogger:
         pass
 
 
-def test_a_faulty_environment_in_an_evaluation_does_not_end_the_run(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "evaluate", failing_once(script.evaluate, RuntimeError("the simulator fell over")))
+def test_a_faulty_environment_in_an_evaluation_does_not_end_the_run(script, tmp_path, monkeypatch, capsys):
+    fault = RuntimeError("the simulator\nfell over")
+    monkeypatch.setattr(script, "evaluate", failing_once(script.evaluate, fault))
     run_dir = train(script, tmp_path, small(script, eval_every=100))
+    assert "warning: the evaluation failed: RuntimeError: the simulator fell over\n" in capsys.readouterr().err
     assert script.load_checkpoint(run_dir)["counters"]["frames"] == 300
 
 
