@@ -39,6 +39,7 @@ SMALL = {  # a run of some seconds; a script ignores what it has no flag for
     "units": 8,
     "imagine_horizon": 3,
     "free_nats": 0.0,
+    "cuda": False,  # of such sizes the CPU is faster than a GPU, whose compilation takes minutes
 }
 
 

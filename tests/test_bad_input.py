@@ -456,7 +456,7 @@ def test_a_run_without_cuda_goes_on_with_a_note(script, tmp_path, capsys):
     run_dir = train(script, tmp_path, small(script, total_steps=2, cuda=True))
     assert "no CUDA device" in capsys.readouterr().err
     assert script.load_checkpoint(run_dir)["counters"]["frames"] == 2
-    train(script, tmp_path, small(script, total_steps=2, cuda=False, seed=2))
+    train(script, tmp_path, small(script, total_steps=2, seed=2))
     assert "no CUDA device" not in capsys.readouterr().err
 
 

@@ -66,12 +66,12 @@ def test_a_run_tells_each_kind_of_trouble_once_and_drifting_imagination_among_th
 
     monkeypatch.setattr(script, "open_loop", drifting)
     monkeypatch.setattr(script, "diagnose", lambda values, errors, args: {"saturation": "one action"})
-    train(script, tmp_path, small(script, cuda=False, eval_every=100))
+    train(script, tmp_path, small(script, eval_every=100))
     told = capsys.readouterr().err
     assert told.count("warning: one action") == 1
     assert told.count("warning: imagined images drift away") == 1
 
 
 def test_a_run_whose_imagination_follows_the_truth_is_not_told_that_it_drifts(script, tmp_path, capsys):
-    train(script, tmp_path, small(script, cuda=False, total_steps=120, eval_every=100))
+    train(script, tmp_path, small(script, total_steps=120, eval_every=100))
     assert "drift" not in capsys.readouterr().err

@@ -148,7 +148,7 @@ def test_metrics_jsonl_is_json_with_steps_and_the_documented_names(script, finis
 )
 def test_there_are_as_many_updates_as_frames_passed_since_the_pretraining(script, changes, updates, tmp_path):
     sizes = {"total_steps": 400, "seed_steps": 60, "collect_steps": 20, "batch_size": 2, "checkpoint_interval": 400}
-    run_dir = train(script, tmp_path, small(script, cuda=False, **sizes | changes))
+    run_dir = train(script, tmp_path, small(script, **sizes | changes))
     assert script.load_checkpoint(run_dir)["learner"]["updates"] == updates
 
 
@@ -798,7 +798,7 @@ def test_a_write_that_was_cut_short_spoils_nothing_that_comes_after_it(script, c
 def test_a_run_that_cannot_log_at_its_start_is_refused_in_one_line(script, finished, tmp_path):
     run_dir = shutil.copytree(finished, tmp_path / "run")
     with files_end_at(0), pytest.raises(script.UserError, match="cannot write to the run folder .*File too large"):
-        train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "400", "--no-cuda"])
+        train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "400"])
 
 
 def test_a_replay_that_finds_no_room_to_grow_ends_the_run_with_its_progress_saved(script, tmp_path, monkeypatch):
@@ -990,7 +990,7 @@ def test_ten_updates_in_a_row_that_are_not_finite_end_the_run_at_once(script, tm
     updates, learn = [], script.Learner.learn
     monkeypatch.setattr(script.Learner, "learn", lambda self, batch: updates.append(0) or learn(self, batch))
     with pytest.raises(script.UserError, match="10 updates in a row were not finite.*losses/image"):
-        train(script, tmp_path, small(script, cuda=False, total_steps=10_000, scalar_freq=10_000))
+        train(script, tmp_path, small(script, total_steps=10_000, scalar_freq=10_000))
     assert len(updates) == 10
     (path,) = tmp_path.glob("runs/*/checkpoint.pt")  # from before: it is whole and finite
     agent = script.Dreamer.from_pretrained(path.parent)
