@@ -1683,7 +1683,7 @@ def diagnose(values: dict[str, float], image_errors: list[float], args: Args) ->
             f"the KL ({values['losses/kl']:.2f} nats) is under {free:g}, the image loss is flat: if the open-loop video"
             " lacks an object, the posterior ignores it: lower --free-nats and --kl-loss-coeff"
         )
-    if values.get("actor/saturated", 0) > 0.95:
+    if len(before) == 10 and values.get("actor/saturated", 0) > 0.95:  # at first it may be, and passes
         found["saturation"] = "nearly all imagined actions are at their bounds: raise --actor-entropy or --action-noise"
     if any(value for name, value in values.items() if name.startswith("skipped/")):
         found["skipped"] = "an update was not finite and was skipped: look at the rewards, lower the learning rates"
@@ -2017,7 +2017,8 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         # A step of many environments may pass several phases; before the first update none are made up for.
         phases = (counters.frames - counters.last_train) // args.collect_steps
         if phases > 0 and len(replay) >= args.train_seq_len:
-            due = phases * args.update_steps if learner.updates else args.pretrain or args.update_steps
+            begun = learner.updates or counters.updates_due
+            due = phases * args.update_steps if begun else args.pretrain or args.update_steps
             counters.updates_due += due
             counters.last_train += phases * args.collect_steps
         updates = counters.updates_due if len(replay) >= args.train_seq_len else 0
@@ -2102,8 +2103,8 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
                 logger.video(counters.frames, "open_loop", video)
                 logger.scalars(counters.frames, {"open_loop/imagined": imagined, "open_loop/observed": observed})
                 if imagined > 10 * observed:
-                    message = "imagined images drift away from the true ones, observed ones do not: train longer"
-                    logger.warn("drift", f"{message}, or raise --kl-loss-coeff so that the prior is learned")
+                    message = "imagined images drift away from the true ones, observed ones do not: if not by chance,"
+                    logger.warn("drift", f"{message} train longer, or raise --kl-loss-coeff: the prior is not learned")
 
         # SAVE
         # The last chance: soon the ring overwrites what the last checkpoint counts on.

@@ -41,6 +41,7 @@ def test_an_actor_that_knows_but_one_action_and_a_skipped_update_are_told(script
     collapsed = {"actor/most_common": 0.995} if script.__name__.endswith("atari") else {"actor/saturated": 0.96}
     found = script.diagnose(values(script, **collapsed), FALLING, args)
     assert [*found] == ["saturation"] and "--actor-entropy" in found["saturation"]
+    assert script.diagnose(values(script, **collapsed), FALLING[:19], args) == {}, "at first it may be, and passes"
     found = script.diagnose(values(script, **{"skipped/value": 1.0}), FALLING, args)
     assert [*found] == ["skipped"] and "skipped" in found["skipped"]
 

@@ -549,6 +549,23 @@ def test_under_nohup_a_closed_terminal_does_not_end_it(script, tmp_path):
         signal.signal(signal.SIGHUP, hangup)
 
 
+def test_a_pretraining_that_was_interrupted_is_not_due_twice(script, tmp_path, monkeypatch):
+    """By Ctrl-C while the compilers of its first update work."""
+
+    def interrupted(learner, batch):
+        signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("the compiler is gone")
+
+    flags = small(script, collect_steps=2, pretrain=20, total_steps=100)
+    expected = script.load_checkpoint(train(script, tmp_path, flags))["learner"]["updates"]
+    monkeypatch.setattr(script.Learner, "__call__", interrupted)
+    run_dir = train(script, tmp_path, [*flags, "--seed", "2"])
+    assert script.load_checkpoint(run_dir)["learner"]["updates"] == 0
+    monkeypatch.undo()
+    train(script, tmp_path, ["--resume", str(run_dir)])
+    assert script.load_checkpoint(run_dir)["learner"]["updates"] == expected
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_the_set_up_saves_too(script, number, tmp_path, monkeypatch):
     def replay(*args):
