@@ -694,7 +694,7 @@ class SubPixelConvTranspose(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return sub_pixel_conv_transpose(x, weight, bias)
+        return sub_pixel_conv_transpose(x, weight, bias).detach()  # a view may not be changed in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -721,7 +721,7 @@ class Decoder(nn.Module):
     def forward(self, feat: Tensor) -> Tensor:
         x = conv_transpose_1x1(self.linear(feat), self.convs[0])
         for conv in self.convs[1:]:
-            x = F.relu(x)
+            x = F.relu(x, inplace=True)
             if not x.is_cuda:
                 x = SubPixelConvTranspose.apply(x, conv.weight, conv.bias)
             elif conv.out_channels <= 3:

@@ -725,7 +725,7 @@ class Encoder(nn.Module):
             # For the few pixels of a step of the policy, oneDNN's convolution spends its time on reordering weights;
             # to 2x2 pixels it is slow. cuDNN's for one or three channels does not use the tensor cores.
             as_product = x[:, 0].numel() <= 800 or (x.shape[1] <= 3 if x.is_cuda else x.shape[-1] == 6)
-            x = F.elu(conv_as_product(x, conv) if as_product else conv(x))
+            x = F.elu(conv_as_product(x, conv) if as_product else conv(x), inplace=True)
         return self.linear(x.permute(0, 2, 3, 1).flatten(1))  # (h, w, c) order, as the official code flattens
 
 
@@ -755,7 +755,7 @@ class SubPixelConvTranspose(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return sub_pixel_conv_transpose(x, weight, bias)
+        return sub_pixel_conv_transpose(x, weight, bias).detach()  # a view may not be changed in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -783,7 +783,7 @@ class Decoder(nn.Module):
     def forward(self, feat: Tensor) -> Tensor:
         x = conv_transpose_1x1(self.linear(feat), self.convs[0])
         for conv in self.convs[1:]:
-            x = F.elu(x)
+            x = F.elu(x, inplace=True)
             if not x.is_cuda:
                 x = SubPixelConvTranspose.apply(x, conv.weight, conv.bias)
             elif conv.out_channels <= 3:

@@ -149,6 +149,41 @@ def test_no_rounding_takes_an_action_out_of_bounds(continuous, low, high, monkey
     assert all(box.contains(np.array(action, np.float32)) for action in env.unwrapped.actions)
 
 
+@pytest.mark.parametrize("discount, terminal", [(0.0, True), (1.0, False)])
+def test_dm_control_tells_the_worlds_end_from_a_time_limit_by_the_discount(continuous, discount, terminal, monkeypatch):
+    env = make(continuous, "dmc/cartpole-balance").unwrapped
+    env.reset(seed=1)
+    step = SimpleNamespace(last=lambda: True, discount=discount, reward=None)
+    monkeypatch.setattr(env, "env", SimpleNamespace(step=lambda action: step))
+    _, reward, terminated, truncated, _ = env.step(np.zeros(1, np.float32))
+    assert (reward, terminated, truncated) == (0.0, terminal, not terminal)
+    step.last = lambda: False
+    assert env.step(np.zeros(1, np.float32))[2:4] == (False, False)
+
+
+def test_random_actions_are_uniform(script):
+    actions = script.random_actions(np.random.default_rng(0), 20_000, 4)
+    assert actions.shape == (20_000, 4) and actions.dtype == np.float32
+    if is_discrete(script):
+        assert {*np.unique(actions)} == {0, 1} and (actions.sum(1) == 1).all()
+        assert np.abs(actions.mean(0) - 1 / 4).max() < 0.02
+    else:
+        assert -1 <= actions.min() < -0.999 and 0.999 < actions.max() <= 1
+        assert np.abs(actions.mean(0)).max() < 0.02 and np.abs(actions.var(0) - 1 / 3).max() < 0.01
+
+
+def test_pixels_are_means_over_areas(script):
+    frame = np.random.default_rng(0).integers(0, 256, (128, 192, 3), np.uint8)
+    env = script.Pixels(Rendered(frame))
+    means = frame.reshape(64, 2, 64, 3, 3).mean((1, 3)).transpose(2, 0, 1)
+    assert np.abs(env.pixels().astype(float) - means).max() <= 0.51
+
+
+class Rendered(gym.Env):
+    def __init__(self, frame):
+        self.render = lambda: frame
+
+
 def test_lqr_has_the_same_springs_in_every_environment_of_a_run(continuous):
     stiffness = []
     for seed in (1, 1, 2):

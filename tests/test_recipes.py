@@ -65,6 +65,8 @@ PAPERS = {
         "collect_steps": 1000,
         "update_steps": 100,
         "pretrain": 100,
+        "eval_every": 10_000,
+        "eval_episodes": 1,
         "total_steps": 5_000_000,
     },
     "v2_dmc_paper.yaml": V2_PAPER

@@ -985,6 +985,56 @@ def test_an_evaluation_plays_all_episodes_though_each_is_as_long_as_can_be(scrip
     assert len(returns) == 3
 
 
+def test_an_evaluation_asks_for_the_mode_and_begins_each_episode_anew(script, monkeypatch):
+    args = small_args(script, eval_episodes=3)
+    agent, made, first = script.Dreamer.from_config(args), [], []
+    still = torch.zeros(1, agent.action_size)
+    still[:, 0] = float(is_discrete(script))
+
+    def fast_policy(agent, num_envs, noise=0.0, mode=False):
+        made.append((num_envs, noise, mode))
+        return lambda image, state, is_first: (first.append(bool(is_first[0])) or still, state)
+
+    monkeypatch.setattr(script, "fast_policy", fast_policy)
+    returns, _ = script.evaluate(agent, args, 3, seed=1, stop=[])
+    assert made == [(1, 0.0, True)]
+    assert np.allclose(returns, 25 * 3 / 7), "the dot stays in the middle, where each of the 25 steps gives 3/7"
+    begins = np.flatnonzero(first)
+    assert len(begins) == 3 and begins[0] == 0 and len({*np.diff([*begins, len(first)])}) <= 2
+
+
+def test_a_run_acts_with_draws_and_its_action_noise(script, tmp_path, monkeypatch):
+    made, fast_policy = [], script.fast_policy
+    monkeypatch.setattr(script, "fast_policy", lambda agent, *args: made.append(args) or fast_policy(agent, *args))
+    train(script, tmp_path, small(script, num_envs=2, action_noise=0.25))
+    assert made == [(2, 0.25)], "the number of environments and the noise, and no mode"
+
+
+def test_a_resumed_run_goes_on_with_the_random_states_of_its_checkpoint(script, finished, tmp_path, monkeypatch):
+    run_dir = tmp_path / "runs" / finished.name
+    shutil.copytree(finished, run_dir)
+    checkpoint, generators, seen = script.load_checkpoint(run_dir), [], []
+    default_rng, reset = np.random.default_rng, script.SturdyEnvs.reset
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: generators.append(default_rng(seed)) or generators[-1])
+    monkeypatch.setattr(
+        script.SturdyEnvs,
+        "reset",
+        lambda envs, seed: seen.append((torch.get_rng_state(), generators[0].bit_generator.state)) or reset(envs, seed),
+    )
+    train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "310"])
+    ((torch_state, numpy_state),) = seen
+    assert torch.equal(torch_state, checkpoint["torch_rng"]) and numpy_state == checkpoint["numpy_rng"]
+    assert default_rng(1).bit_generator.state != numpy_state
+
+
+def test_environments_of_a_run_have_seeds_of_their_own(script, monkeypatch):
+    args, seeds = small_args(script, num_envs=3, env_id=env_id(script)), []
+    monkeypatch.setattr(script, "make_envs", lambda *_: None)
+    monkeypatch.setattr(script, "reset_envs", lambda envs, seed, timeout: seeds.append(seed) or np.zeros((1, 1)))
+    script.SturdyEnvs(args, script.Counters(), SilentLogger()).reset(7)
+    assert sorted(seeds) == [7, 8, 9]
+
+
 def test_evaluate_tells_of_a_faulty_environment_in_one_line(script, finished, tmp_path):
     flags = ["--evaluate", str(finished), "--env-id", env_id(script, "Raises", "tests.faulty_envs")]
     with pytest.raises(script.UserError, match="Raises.*failed: RuntimeError: the simulator fell over"):

@@ -91,6 +91,20 @@ def test_tanh_normal_has_the_density_of_a_gaussian_squashed_by_tanh():
     check(v1.TanhNormal(mean, std).log_prob(action), squashed.log_prob(action).sum(-1))
 
 
+def test_draws_are_gaussians_independent_in_each_element_and_reparameterised():
+    torch.manual_seed(0)
+    mean, std = torch.tensor([[-1.0, 0.0, 2.0]]).repeat(20_000, 1), torch.tensor([[0.5, 1.0, 3.0]]).repeat(20_000, 1)
+    mean.requires_grad_(), std.requires_grad_()
+    draw = v1.sample_normal(mean, std)
+    standard = ((draw - mean) / std).detach()
+    assert standard.mean(0).abs().max() < 0.03 and (standard.std(0) - 1).abs().max() < 0.03
+    assert ((standard.abs() < 1).float().mean(0) - 0.6827).abs().max() < 0.02, "as many within one deviation"
+    assert (standard.T.corrcoef() - torch.eye(3)).abs().max() < 0.03
+    to_mean, to_std = torch.autograd.grad(draw.sum(), (mean, std))
+    check(to_mean, torch.ones_like(mean))
+    check(to_std, standard)
+
+
 def test_log_prob_of_actions_at_the_bounds_is_finite_and_so_is_its_gradient():
     mean, std = torch.zeros(2, ACTION, requires_grad=True), torch.ones(2, ACTION, requires_grad=True)
     log_prob = v1.TanhNormal(mean, std).log_prob(torch.tensor([[1.0, -1.0], [-1.0, 0.0]]))
@@ -167,10 +181,16 @@ def test_sequences_of_any_length_are_filtered_step_after_step(steps, monkeypatch
     monkeypatch.setattr(v1, "sample_normal", lambda mean, std: mean)
     rssm, embed, action = make_agent().world_model.rssm, noise(steps, B, 6), noise(steps, B, ACTION, seed=1)
     is_first = noise(steps, B, seed=2) > 1.3
+    is_first[:, 0] = False
     assert is_first.any()
+    embed.requires_grad_()
     post, _ = v1.observe(rssm, embed, action, is_first)
+    expected = step_by_step(rssm, embed, action, is_first)
     for name, field in post._asdict().items():
-        check(field, getattr(step_by_step(rssm, embed, action, is_first), name), name)
+        check(field, getattr(expected, name), name)
+    gradient, by_steps = (torch.autograd.grad(states.feat[-1].sum(), embed)[0] for states in (post, expected))
+    assert by_steps[0, 0].any(), "the last states depend on all spans"
+    check_gradient(gradient, by_steps)
 
 
 def test_policy_filters_as_training_does_with_the_action_it_took_stored_at_the_next_step(monkeypatch):
@@ -353,6 +373,20 @@ def test_returns_and_weights_follow_from_imagined_rewards_values_and_discounts(a
     check(critic_loss[0][1], -(weights * likelihood).mean(), "value loss")
     if not pred_discount and first:
         assert torch.equal(weights[:, 0], torch.tensor([1, 0.9, 0.9]).cumprod(0))
+
+
+def test_gradients_of_the_returns_pass_through_rewards_values_and_discounts():
+    agent = make_agent(pred_discount=True, td_lambda=0.7)
+    model = agent.world_model
+    feat, _, _, returns, _ = v1.imagined_returns(agent, random_state(agent, 5), agent.args)
+    reward, value, discount = (net(feat)[..., 0] for net in (model.reward, agent.value, model.discount))
+    discount, expected = discount.sigmoid(), [value[H]]
+    for t in range(H - 1, 0, -1):
+        expected.insert(0, reward[t] + discount[t] * (0.3 * value[t + 1] + 0.7 * expected[0]))
+    gradient, by_hand = (
+        torch.autograd.grad(x.sum(), feat, retain_graph=True)[0] for x in (returns, sum(expected[:-1]))
+    )
+    check_gradient(gradient, by_hand)
 
 
 def test_actor_gradient_takes_part_in_the_returns_as_actor_grad_says():
@@ -578,6 +612,20 @@ def test_each_part_takes_the_adam_step_of_its_own_learning_rate():
         step = torch.cat([(p - old).flatten() for p, old in zip(part.parameters(), before[name], strict=True)])
         gradient = torch.cat([p.grad.flatten() for p in part.parameters()])
         check(step / rates[name], -gradient / (gradient.abs() + agent.args.adam_eps), name, tolerance=5e-3)
+
+
+def test_later_steps_are_those_of_adam_with_its_usual_betas():
+    rates = {f"{name}_learning_rate": 1e-3 for name in ("model", "actor", "value")}
+    agent = make_agent(**rates, grad_clip=1e9)
+    twins = [parameter.detach().clone() for parameter in agent.parameters()]
+    adam, learner = torch.optim.Adam(twins, 1e-3, (0.9, 0.999), agent.args.adam_eps), make_learner(agent)
+    for seed in range(4):
+        learner(make_batch(seed))
+        for twin, parameter in zip(twins, agent.parameters(), strict=True):
+            twin.grad = parameter.grad.clone()
+        adam.step()
+    for twin, (name, parameter) in zip(twins, agent.named_parameters(), strict=True):
+        check(parameter, twin, name)
 
 
 # SHAPES AND PRECISION

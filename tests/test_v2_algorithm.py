@@ -292,14 +292,33 @@ def test_is_first_in_the_middle_of_a_sequence_equals_starting_a_fresh_sequence_t
 @pytest.mark.parametrize("steps", [10, 23])
 def test_sequences_of_any_length_are_filtered_step_after_step(v2, steps, monkeypatch):
     """`observe` goes through them in spans of 10 steps."""
-    monkeypatch.setattr(v2, "sample_onehot", mode)
+    monkeypatch.setattr(
+        v2, "sample_onehot", lambda logits: mode(logits) + logits.softmax(-1) - logits.softmax(-1).detach()
+    )
     rssm, embed, action = make_agent(v2).world_model.rssm, noise(steps, B, 6), noise(steps, B, ACTION, seed=1)
     is_first = noise(steps, B, seed=2) > 1.3
+    is_first[:, 0] = False
     assert is_first.any()
+    embed.requires_grad_()
     post, prior = v2.observe(rssm, embed, action, is_first)
+    expected = step_by_step(rssm, embed, action, is_first)
     for name, field in post._asdict().items():
-        check(field, getattr(step_by_step(rssm, embed, action, is_first), name), name)
+        check(field, getattr(expected, name), name)
     check(prior, rssm.prior(post.deter))
+    gradient, by_steps = (torch.autograd.grad(states.logit[-1].sum(), embed)[0] for states in (post, expected))
+    assert by_steps[0, 0].any(), "the last states depend on all spans"
+    check_gradient(gradient, by_steps)
+
+
+@pytest.mark.parametrize("act", ["elu", "silu"])
+def test_layers_and_activations_are_those_of_the_flags(v2, act):
+    layers = {"reward_layers": 1, "discount_layers": 2, "value_layers": 3, "actor_layers": 5}
+    agent = make_agent(v2, act=act, pred_discount=True, **layers)
+    model, kind = agent.world_model, torch.nn.ELU if act == "elu" else torch.nn.SiLU
+    for head, count in zip((model.reward, model.discount, agent.value, agent.actor), layers.values(), strict=True):
+        assert [type(layer) for layer in head].count(torch.nn.Linear) == count + 1
+        assert [type(layer) for layer in head].count(kind) == count
+    assert type(model.rssm.act) is kind
 
 
 class Drawn:
