@@ -121,6 +121,36 @@ PAPERS = {
 PAPERS["v2_atari_curves.yaml"] = PAPERS["v2_atari_paper.yaml"] | {"batch_size": 50, "full_action_space": True}
 PAPERS["v2_atari_curves.yaml"] |= {"eval_every": 500_000, "eval_episodes": 5}
 
+# Where the defaults depart from these recipes: the design's values, which the README's table of deviations lists.
+DEVIATIONS = {
+    "v1_dmc_paper.yaml": {"obs_embed_size": 1024, "eval_every": 100_000, "eval_episodes": 5},
+    "v2_dmc_paper.yaml": {
+        "reward_head": "twohot",
+        "obs_embed_size": 1024,
+        "cnn_depth": 32,
+        "act": "silu",
+        "layer_norm": True,
+        "replay_capacity": 1_000_000,
+        "pred_discount": True,
+        "discount": 0.997,
+        "free_nats": 3.0,
+        "actor_dist": "tanh_normal",
+        "seed_steps": 5000,
+        "eval_every": 100_000,
+        "eval_episodes": 5,
+        "total_steps": 5_000_000,
+    },
+    "v2_atari_paper.yaml": {
+        "reward_head": "twohot",
+        "cnn_depth": 32,
+        "discount": 0.997,
+        "seed_steps": 20_000,
+        "eval_every": 500_000,
+        "eval_episodes": 5,
+        "total_steps": 10_000_000,
+    },
+}
+
 
 def test_every_recipe_belongs_to_a_script():
     assert {name for name, _ in RECIPES} == {path.name for path in CONFIGS.iterdir()}
@@ -137,3 +167,11 @@ def test_the_papers_recipes_are_the_official_settings(name):
     (script,) = next(scripts for prefix, scripts in PREFIXES.items() if name.startswith(prefix))
     args = load(script).load_config(CONFIGS / name)
     assert {key: getattr(args, key) for key in PAPERS[name]} == PAPERS[name]
+
+
+@pytest.mark.parametrize("name", DEVIATIONS)
+def test_defaults_are_the_papers_but_for_the_deviations(name):
+    (script,) = next(scripts for prefix, scripts in PREFIXES.items() if name.startswith(prefix))
+    args = load(script).Args()
+    expected = PAPERS[name] | DEVIATIONS[name]
+    assert {key: getattr(args, key) for key in expected} == expected

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import termios
 import time
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1010,21 +1011,29 @@ def test_a_run_acts_with_draws_and_its_action_noise(script, tmp_path, monkeypatc
     assert made == [(2, 0.25)], "the number of environments and the noise, and no mode"
 
 
-def test_a_resumed_run_goes_on_with_the_random_states_of_its_checkpoint(script, finished, tmp_path, monkeypatch):
-    run_dir = tmp_path / "runs" / finished.name
-    shutil.copytree(finished, run_dir)
-    checkpoint, generators, seen = script.load_checkpoint(run_dir), [], []
-    default_rng, reset = np.random.default_rng, script.SturdyEnvs.reset
+def test_a_resumed_run_goes_on_with_the_optimizers_and_random_states_of_its_checkpoint(
+    script, copy, tmp_path, monkeypatch
+):
+    checkpoint, generators, learners, seen = script.load_checkpoint(copy), [], [], []
+    default_rng, make_learner, reset = np.random.default_rng, script.Learner, script.SturdyEnvs.reset
+
+    def reset_and_look(envs, seed):
+        state = deepcopy(learners[0].state_dict())
+        seen.append((seed, torch.get_rng_state(), generators[0].bit_generator.state, state))
+        return reset(envs, seed)
+
     monkeypatch.setattr(np.random, "default_rng", lambda seed: generators.append(default_rng(seed)) or generators[-1])
-    monkeypatch.setattr(
-        script.SturdyEnvs,
-        "reset",
-        lambda envs, seed: seen.append((torch.get_rng_state(), generators[0].bit_generator.state)) or reset(envs, seed),
-    )
-    train(script, tmp_path, ["--resume", str(run_dir), "--total-steps", "310"])
-    ((torch_state, numpy_state),) = seen
+    monkeypatch.setattr(script, "Learner", lambda *args: learners.append(make_learner(*args)) or learners[-1])
+    monkeypatch.setattr(script.SturdyEnvs, "reset", reset_and_look)
+    train(script, tmp_path, ["--resume", str(copy), "--total-steps", "310"])
+    ((seed, torch_state, numpy_state, learner),) = seen
     assert torch.equal(torch_state, checkpoint["torch_rng"]) and numpy_state == checkpoint["numpy_rng"]
-    assert default_rng(1).bit_generator.state != numpy_state
+    assert seed == 1 + checkpoint["counters"]["frames"], "episodes differ from the first ones"
+    assert learner["updates"] == checkpoint["learner"]["updates"] > 0
+    for name, optimizer in checkpoint["learner"]["optimizers"].items():
+        for index, moments in optimizer["state"].items():
+            for moment, value in moments.items():
+                assert torch.equal(learner["optimizers"][name]["state"][index][moment], value)
 
 
 def test_environments_of_a_run_have_seeds_of_their_own(script, monkeypatch):

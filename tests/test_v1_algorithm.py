@@ -208,6 +208,18 @@ def test_policy_filters_as_training_does_with_the_action_it_took_stored_at_the_n
     check(torch.stack(states), post.feat)
 
 
+def test_latents_are_drawn_also_where_the_action_is_the_mode(monkeypatch):
+    agent, image, is_first = make_agent(), make_batch().image[0].numpy(), np.ones(B, bool)
+    states = []
+    for mode in (True, False):
+        monkeypatch.setattr(v1, "sample_normal", lambda mean, std: mean + 3 * std)
+        action, (stoch, deter, _) = agent.policy(image, agent.initial_state(B), is_first, mode=mode)
+        states.append((stoch, deter))
+        if mode:
+            check(action, agent.actor(torch.cat([stoch, deter], -1)).mode())
+    assert torch.equal(states[0][0], states[1][0]) and torch.equal(states[0][1], states[1][1])
+
+
 def test_exploration_noise_is_added_to_the_action_and_clipped_to_the_bounds(monkeypatch):
     agent, batch = make_agent(), make_batch()
     draws = noise(B, 4), noise(B, ACTION, seed=1)
@@ -794,6 +806,15 @@ def test_a_changed_byte_in_the_file_is_detected_when_the_replay_is_restored(fiel
         file.seek(offset)
         file.write(bytes([byte ^ 1]))
     with pytest.raises(v1.UserError, match=f"checksum in row {index} of environment {env}"):
+        make_replay(tmp_path).restore(40)
+
+
+def test_a_row_in_another_ones_place_is_detected_when_the_replay_is_restored(tmp_path):
+    replay = make_replay(tmp_path)
+    fill(replay, 40)
+    replay.steps[34 % replay.rows, 1] = replay.steps[35 % replay.rows, 1].copy()
+    replay.steps.flush()
+    with pytest.raises(v1.UserError, match="checksum in row 34 of environment 1"):
         make_replay(tmp_path).restore(40)
 
 

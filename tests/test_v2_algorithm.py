@@ -224,7 +224,8 @@ def test_kl_has_no_gradient_while_its_mean_is_under_the_free_nats(v2):
     _, mean = v2.kl_loss(post, prior, 0.8, 0.0)
     each = v2.kl_categorical(post, prior)
     assert each.min() < mean < each.max()
-    loss, _ = v2.kl_loss(post, prior, 0.8, mean.item() * 1.01)
+    loss, metric = v2.kl_loss(post, prior, 0.8, mean.item() * 1.01)
+    assert torch.equal(metric, mean), "what is logged knows no free nats"
     assert loss.item() == pytest.approx(mean.item() * 1.01, rel=1e-6)
     assert not any(gradient.any() for gradient in torch.autograd.grad(loss, [post, prior]))
     above, _ = v2.kl_loss(post, prior, 0.8, mean.item() * 0.99)
