@@ -31,7 +31,7 @@ Steps are environment frames, action repeat included. Sequences are time-major, 
 (H, N, ...) with N = T * B start states. Index t of a sequence holds the observation x_t, the action a_t that LED to it,
 and the reward r_t received on arriving there.
 
-The algorithm alone: `RSSM` and `observe`, the functions under LOSSES, `Learner.update`, and the loop of `train`.
+The algorithm alone: `RSSM`, the functions under LOSSES, `Learner.update`, and the loop of `train`.
 """
 
 import contextlib
@@ -965,23 +965,21 @@ class RSSM(nn.Module):
             states.append(state)
         return State(*(torch.stack(fields) for fields in zip(*states, strict=True)))
 
+    def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None):
+        """Filters a batch of sequences: posterior states and the prior's logits, all (T, B, ...).
 
-@torch.compiler.disable  # in the compiled loss too, spans are compiled one by one: all at once takes minutes
-def observe(rssm: RSSM, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None):
-    """Filters a batch of sequences: posterior states and the prior's logits, all (T, B, ...).
-
-        x_0      x_1      x_2          a_t led to x_t; the state before index 0 is `state` (zeros if None)
-         |        |        |
-    -a_0-> s_0 -a_1-> s_1 -a_2-> s_2
-    """
-    state = state or rssm.initial(embed.shape[1])
-    projected = rssm.project_embed(embed)  # (T, B, hidden)
-    spans = []
-    for span in zip(*(field.split(10) for field in (action, projected, is_first)), strict=True):
-        spans.append(rssm.observe_span(state, *span))
-        state = State(*(field[-1] for field in spans[-1]))
-    post = State(*(torch.cat(fields) for fields in zip(*spans, strict=True)))
-    return post, rssm.prior(post.deter)  # the loss needs no draw from the prior, so no recurrence either
+            x_0      x_1      x_2          a_t led to x_t; the state before index 0 is `state` (zeros if None)
+             |        |        |
+        -a_0-> s_0 -a_1-> s_1 -a_2-> s_2
+        """
+        state = state or self.initial(embed.shape[1])
+        projected = self.project_embed(embed)  # (T, B, hidden)
+        spans = []
+        for span in zip(*(field.split(10) for field in (action, projected, is_first)), strict=True):
+            spans.append(self.observe_span(state, *span))
+            state = State(*(field[-1] for field in spans[-1]))
+        post = State(*(torch.cat(fields) for fields in zip(*spans, strict=True)))
+        return post, self.prior(post.deter)  # the loss needs no draw from the prior, so no recurrence either
 
 
 # REPLAY
@@ -1133,7 +1131,7 @@ def world_model_loss(model: "WorldModel", batch: Batch, args: Args) -> tuple[Ten
     T, B = batch.reward.shape
     image = pixels_to_float(batch.image.flatten(0, 1))  # (T*B, C, 64, 64)
     embed = model.encoder(image).unflatten(0, (T, B))  # (T, B, embed)
-    post, prior = observe(model.rssm, embed, batch.action, batch.is_first)
+    post, prior = model.rssm.observe(embed, batch.action, batch.is_first)
     feat = post.feat  # (T, B, feat)
     losses = {
         "image": image_nll(model.decoder(feat.flatten(0, 1)).float(), image),
@@ -1398,8 +1396,9 @@ class Learner:
         self.world_model_loss, self.imagined_returns = compiled(world_model_loss), compiled(imagined_returns)
         self.actor, self.actor_loss = compiled(agent.actor), compiled(actor_loss)
         self.critic_loss = compiled(critic_loss)
-        if compiles:
-            agent.world_model.rssm.observe_span = compiled(agent.world_model.rssm.observe_span)
+        if compiles:  # in the loss too the recurrence's spans are compiled one by one: all at once takes minutes
+            rssm = agent.world_model.rssm
+            rssm.observe_span, rssm.observe = compiled(rssm.observe_span), torch.compiler.disable(rssm.observe)
         if compiles and not cuda:
             agent.policy = compiled(agent.policy)
 
@@ -1703,7 +1702,7 @@ def open_loop(agent: Dreamer, batch: Batch, context: int = 5) -> tuple[np.ndarra
     truth = batch.image.float() / 255  # (T, n, C, 64, 64)
     with autocast(agent.args, truth.device):
         embed = model.encoder(truth.flatten(0, 1) - 0.5).unflatten(0, (T, n))
-        post, _ = observe(model.rssm, embed, batch.action, batch.is_first)
+        post, _ = model.rssm.observe(embed, batch.action, batch.is_first)
         feats, state = list(post.feat[:context]), State(*(field[context - 1] for field in post))
         for t in range(context, T):
             state = model.rssm.imagine_step(state, batch.action[t])

@@ -64,7 +64,7 @@ def columns_drawn(model, feat, age):
 def measure(model, batch, column):
     """Shares of balls seen and imagined in their column, and how well imagined rewards tell caught from missed."""
     embed = model.encoder(dreamer.pixels_to_float(batch.image.flatten(0, 1))).unflatten(0, batch.reward.shape)
-    post, _ = dreamer.observe(model.rssm, embed, batch.action, batch.is_first)
+    post, _ = model.rssm.observe(embed, batch.action, batch.is_first)
     seen, imagined, predicted, true = [], [], [], []
     for t in range(0, LENGTH - FALL, FALL + 1):
         state = dreamer.State(*(field[t] for field in post))

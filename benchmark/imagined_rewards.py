@@ -44,7 +44,7 @@ def predict(model, steps, places, before):
     is_first = torch.zeros(action.shape[:2], dtype=bool)
     is_first[0] = True
     embed = model.encoder(dreamer.pixels_to_float(image.flatten(0, 1))).unflatten(0, action.shape[:2])
-    post, _ = dreamer.observe(model.rssm, embed, action, is_first)
+    post, _ = model.rssm.observe(embed, action, is_first)
     observed = model.reward.mean(post.feat[-AFTER - 1])
     state, imagined = dreamer.State(*(field[CONTEXT - 1] for field in post)), 0
     for led in action[CONTEXT:]:

@@ -106,7 +106,7 @@ def train_ours(dreamer, learner, folder, spec):
                 batch = tensors(shown)
                 T, B = batch.reward.shape
                 embed = model.encoder(dreamer.pixels_to_float(batch.image.flatten(0, 1))).unflatten(0, (T, B))
-                post, _ = dreamer.observe(model.rssm, embed, batch.action, batch.is_first)
+                post, _ = model.rssm.observe(embed, batch.action, batch.is_first)
                 feat = torch.cat([post.logit.softmax(-1).flatten(-2), post.deter], -1)[4:]
                 decoded = model.decoder(feat.flatten(0, 1))[:, 0]
             report(folder, "ours", update, recent[-100:], post.logit[4:].flatten(0, 1).numpy(), decoded.numpy())

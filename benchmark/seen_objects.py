@@ -97,7 +97,7 @@ def measure(model, batch):
     T, B = batch.reward.shape
     image = dreamer.pixels_to_float(batch.image.flatten(0, 1))
     embed = model.encoder(image).unflatten(0, (T, B))
-    post, _ = dreamer.observe(model.rssm, embed, batch.action, batch.is_first)
+    post, _ = model.rssm.observe(embed, batch.action, batch.is_first)
     feat = torch.cat([post.logit.softmax(-1).flatten(-2), post.deter], -1)[4:]
     found = shares(image.unflatten(0, (T, B))[4:].flatten(0, 1), model.decoder(feat.flatten(0, 1)))
     return post.logit[4:].std((0, 1)).mean().item(), ", ".join(f"{name} {share:.1%}" for name, share in found.items())

@@ -11,7 +11,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all-learning", action="store_true", help="run the slow learning tests too")
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
 
 
 @pytest.hookimpl(wrapper=True)

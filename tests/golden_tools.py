@@ -138,9 +138,9 @@ def check_gradients(module: nn.Module, gradients, expected: dict[str, Tensor], t
 # WATCHING A SCRIPT
 
 
-def watch(script, monkeypatch, name: str) -> list[tuple[dict, object]]:
-    """The arguments, by name, and the result of each call to the script's function `name` from now on."""
-    function, calls = getattr(script, name), []
+def watch(owner, monkeypatch, name: str) -> list[tuple[dict, object]]:
+    """The arguments, by name, and the result of each call to the function `name` of a script or class from now on."""
+    function, calls = getattr(owner, name), []
     signature = inspect.signature(function)
 
     def watched(*args, **kwargs):
@@ -148,7 +148,7 @@ def watch(script, monkeypatch, name: str) -> list[tuple[dict, object]]:
         calls.append((signature.bind(*args, **kwargs).arguments, result))
         return result
 
-    monkeypatch.setattr(script, name, watched)
+    monkeypatch.setattr(owner, name, watched)
     return calls
 
 

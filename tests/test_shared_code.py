@@ -55,7 +55,7 @@ BETWEEN_V1_AND_V2_CONTINUOUS = {
     "RSSM.posterior": LATENTS,
     "RSSM.imagine_step": LATENTS,
     "RSSM.observe_step": LATENTS,
-    "observe": LATENTS,
+    "RSSM.observe": LATENTS,
     "world_model_loss": "V1: one KL; V2: KL balancing, two-hot rewards",
     "imagine": EQUATION,
     "imagined_returns": "V1's start state has no return of its own; V2 has a slow critic",

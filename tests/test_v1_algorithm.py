@@ -138,11 +138,11 @@ def test_is_first_in_the_middle_of_a_sequence_equals_starting_a_fresh_sequence_t
     rssm, batch, draws = make_agent().world_model.rssm, make_batch(), noise(T, B, 4)
     embed, k = noise(T, B, 6), 3
     monkeypatch.setattr(v1, "sample_normal", Draws(*draws))
-    post, prior = v1.observe(rssm, embed, batch.action, batch.is_first)
+    post, prior = rssm.observe(embed, batch.action, batch.is_first)
     monkeypatch.setattr(v1, "sample_normal", Draws(*draws[k:]))
-    fresh = v1.observe(rssm, embed[k:], batch.action[k:], torch.zeros_like(batch.is_first[k:]))
+    fresh = rssm.observe(embed[k:], batch.action[k:], torch.zeros_like(batch.is_first[k:]))
     monkeypatch.setattr(v1, "sample_normal", Draws(*draws))
-    never = v1.observe(rssm, embed, batch.action, torch.zeros_like(batch.is_first))
+    never = rssm.observe(embed, batch.action, torch.zeros_like(batch.is_first))
     for state, from_k, no_reset in zip((post, prior), fresh, never, strict=True):
         check(state.feat[k:, 1], from_k.feat[:, 1])
         check(state.feat[:, [0, 2]], no_reset.feat[:, [0, 2]])
@@ -156,7 +156,7 @@ def test_nothing_before_a_reset_and_not_its_own_action_reaches_the_states_after_
     is_first = batch.is_first.clone()
     is_first[0, 2] = False  # this one continues from `start`
     monkeypatch.setattr(v1, "sample_normal", Draws(*draws))
-    post, _ = v1.observe(rssm, embed, action, is_first, start)
+    post, _ = rssm.observe(embed, action, is_first, start)
     embed_grad, action_grad, deter_grad = torch.autograd.grad(post.feat[5].sum(), [embed, action, start.deter])
     assert not embed_grad[:3, 1].any() and embed_grad[3:, 1].any(-1).all()
     assert not action_grad[:4, 1].any() and action_grad[4:, 1].any(-1).all()
@@ -167,11 +167,11 @@ def test_nothing_before_a_reset_and_not_its_own_action_reaches_the_states_after_
 def test_filtering_in_two_pieces_equals_filtering_at_once(monkeypatch):
     rssm, batch, draws, embed = make_agent().world_model.rssm, make_batch(), noise(T, B, 4), noise(T, B, 6)
     monkeypatch.setattr(v1, "sample_normal", Draws(*draws))
-    whole, _ = v1.observe(rssm, embed, batch.action, batch.is_first)
+    whole, _ = rssm.observe(embed, batch.action, batch.is_first)
     monkeypatch.setattr(v1, "sample_normal", Draws(*draws))
-    first, _ = v1.observe(rssm, embed[:2], batch.action[:2], batch.is_first[:2])
+    first, _ = rssm.observe(embed[:2], batch.action[:2], batch.is_first[:2])
     state = v1.State(*(field[-1] for field in first))
-    second, _ = v1.observe(rssm, embed[2:], batch.action[2:], batch.is_first[2:], state)
+    second, _ = rssm.observe(embed[2:], batch.action[2:], batch.is_first[2:], state)
     check(torch.cat([first.feat, second.feat]), whole.feat)
 
 
@@ -184,7 +184,7 @@ def test_sequences_of_any_length_are_filtered_step_after_step(steps, monkeypatch
     is_first[:, 0] = False
     assert is_first.any()
     embed.requires_grad_()
-    post, _ = v1.observe(rssm, embed, action, is_first)
+    post, _ = rssm.observe(embed, action, is_first)
     expected = step_by_step(rssm, embed, action, is_first)
     for name, field in post._asdict().items():
         check(field, getattr(expected, name), name)

@@ -155,7 +155,7 @@ def test_observe_gives_the_official_posteriors_priors_and_gradients(rssm_case, c
     given = v1.State(a["in/state/mean"], a["in/state/std"], leaf["state/stoch"], leaf["state/deter"])
     is_first = torch.zeros(7, 3, dtype=torch.bool)
     embed, action = leaf["embed"].transpose(0, 1), leaf["action"].transpose(0, 1)
-    post, prior = v1.observe(rssm, embed, action, is_first, given if case == "observe_with_state" else None)
+    post, prior = rssm.observe(embed, action, is_first, given if case == "observe_with_state" else None)
     assert draws.used_up
     check_state(post, recorded_state(a, f"{case}/post", swap=True), "post")
     # Ours draws no sample from the prior, the loss having no need of it: the official one follows from mean and std.
@@ -400,7 +400,7 @@ def test_prior_and_kl_of_each_step_are_the_official_ones(train_case, monkeypatch
     case, model = train_case, train_case.agent.world_model
     monkeypatch.setattr(v1, "sample_normal", Draws(*case.observe_draws()))
     embed = model.encoder(case.batch.image.flatten(0, 1).float() / 255 - 0.5).unflatten(0, (6, 3))
-    post, prior = v1.observe(model.rssm, embed, case.batch.action, case.batch.is_first)
+    post, prior = model.rssm.observe(embed, case.batch.action, case.batch.is_first)
     check_state(prior, recorded_state(case.a, "out/prior", swap=True), "prior", fields=("mean", "std", "deter"))
     check(v1.kl_normal(post, prior), time_major(case.a["out/kl_per_step"]), "kl")
 

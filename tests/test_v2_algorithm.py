@@ -281,12 +281,12 @@ def test_is_first_in_the_middle_of_a_sequence_equals_starting_a_fresh_sequence_t
     monkeypatch.setattr(v2, "sample_onehot", mode)
     rssm, batch, embed, k = make_agent(v2).world_model.rssm, make_batch(v2), noise(T, B, 6), 3
     action, never = batch.action + 1, torch.zeros(T, B, dtype=torch.bool)
-    post, prior = v2.observe(rssm, embed, action, batch.is_first)
+    post, prior = rssm.observe(embed, action, batch.is_first)
     without_action = torch.cat([torch.zeros(1, B, ACTION), action[k + 1 :]])
-    fresh_post, fresh_prior = v2.observe(rssm, embed[k:], without_action, never[k:])
+    fresh_post, fresh_prior = rssm.observe(embed[k:], without_action, never[k:])
     check(post.feat[k:, 1], fresh_post.feat[:, 1])
     check(prior[k:, 1], fresh_prior[:, 1])
-    other, _ = v2.observe(rssm, embed, action, never)
+    other, _ = rssm.observe(embed, action, never)
     assert not torch.allclose(post.deter[k:, 1], other.deter[k:, 1])
 
 
@@ -301,7 +301,7 @@ def test_sequences_of_any_length_are_filtered_step_after_step(v2, steps, monkeyp
     is_first[:, 0] = False
     assert is_first.any()
     embed.requires_grad_()
-    post, prior = v2.observe(rssm, embed, action, is_first)
+    post, prior = rssm.observe(embed, action, is_first)
     expected = step_by_step(rssm, embed, action, is_first)
     for name, field in post._asdict().items():
         check(field, getattr(expected, name), name)

@@ -136,7 +136,7 @@ def test_observe_gives_the_official_posteriors_priors_and_gradients(rssm_case, c
     start = v2.State(a["in/state/logit"], leaf["state/stoch"], leaf["state/deter"])
     embed, action, is_first = (x.transpose(0, 1) for x in (leaf["embed"], leaf["action"], a["in/is_first"]))
     assert is_first[1:].any() and not is_first[0].all()
-    post, prior_logit = v2.observe(rssm, embed, action, is_first, start)
+    post, prior_logit = rssm.observe(embed, action, is_first, start)
     check_state(post, recorded_state(v2, a, f"{case}/post", swap=True), "post")
     # Ours draws no sample from the prior, the loss having no need of it: the official one follows from the logits.
     prior_stoch = straight_through(prior_logit, time_major(a["in/prior_index"])) if sampled else mode(prior_logit)
@@ -513,7 +513,7 @@ def test_world_model_has_the_official_loss_and_gradients(name, monkeypatch):
     fields = (time_major(a[f"in/{field}"]) for field in v2.Batch._fields[1:])
     latents = Categories(time_major(a["in/post_index"]))
     monkeypatch.setattr(v2, "sample_onehot", latents)
-    watched = watch(v2, monkeypatch, "observe")
+    watched = watch(v2.RSSM, monkeypatch, "observe")
     loss, post, metrics = v2.world_model_loss(model, v2.Batch(image, *fields), args)
     assert not latents.indices, "not all recorded draws were asked for"
     check(post.logit, time_major(a["out/post/logit"]), "posterior")
