@@ -1927,6 +1927,31 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
             return False
         return True
 
+    def assess() -> None:
+        """Evaluates, and imagines what the replay holds; not if it is stopped: then the resumed run does."""
+        learner.wait()
+        try:
+            returns, frames = evaluate(agent, args, args.eval_episodes, args.seed + counters.frames, stop_signals)
+        except Exception as error:  # whatever an environment raises
+            logger.warn("evaluation", f"the evaluation failed: {type(error).__name__}: {error}")
+            returns, frames = [], None
+        if stop_signals:
+            return
+        counters.last_eval = counters.frames
+        if returns:
+            logger.scalars(counters.frames, {"charts/eval_return": float(np.mean(returns))})
+            bar.write(f"frame {counters.frames}: evaluation return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
+        if returns and args.capture_video:
+            path = run_dir / "videos" / f"eval_{counters.frames}.gif"
+            logger.video(counters.frames, "evaluation", frames, path)
+        if len(replay) >= args.train_seq_len:
+            video, imagined, observed = open_loop(agent, replay.sample(rng, 6, args.train_seq_len))
+            logger.video(counters.frames, "open_loop", video)
+            logger.scalars(counters.frames, {"open_loop/imagined": imagined, "open_loop/observed": observed})
+            if imagined > 10 * observed:
+                message = "imagined images drift away from the true ones, observed ones do not: if not by chance,"
+                logger.warn("drift", f"{message} train longer, or raise --kl-loss-coeff: the prior is not learned")
+
     # TRAINING LOOP
     envs = SturdyEnvs(args, counters, logger)
     stack.callback(envs.close)
@@ -2023,41 +2048,24 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
 
         # EVALUATE
         due = args.eval_every and counters.frames // args.eval_every > counters.last_eval // args.eval_every
-        if args.eval_every and not stop_signals and (due or done):
-            learner.wait()
-            try:
-                returns, frames = evaluate(agent, args, args.eval_episodes, args.seed + counters.frames, stop_signals)
-            except Exception as error:  # whatever an environment raises
-                logger.warn("evaluation", f"the evaluation failed: {type(error).__name__}: {error}")
-                returns, frames = [], None
-            if stop_signals:  # the resumed run evaluates again, if it has frames to go
-                break
-            counters.last_eval = counters.frames
-            if returns:
-                logger.scalars(counters.frames, {"charts/eval_return": float(np.mean(returns))})
-                bar.write(f"frame {counters.frames}: evaluation return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
-            if returns and args.capture_video:
-                path = run_dir / "videos" / f"eval_{counters.frames}.gif"
-                logger.video(counters.frames, "evaluation", frames, path)
-            if len(replay) >= args.train_seq_len:
-                video, imagined, observed = open_loop(agent, replay.sample(rng, 6, args.train_seq_len))
-                logger.video(counters.frames, "open_loop", video)
-                logger.scalars(counters.frames, {"open_loop/imagined": imagined, "open_loop/observed": observed})
-                if imagined > 10 * observed:
-                    message = "imagined images drift away from the true ones, observed ones do not: if not by chance,"
-                    logger.warn("drift", f"{message} train longer, or raise --kl-loss-coeff: the prior is not learned")
+        if due and not (done or stop_signals):  # the last one comes after the loop
+            assess()
 
         # SAVE
         # The last chance: soon the ring overwrites what the last checkpoint counts on.
         slack_used = replay.total >= replay.rows and replay.total - saved_rows >= slack - 1
-        if counters.frames >= next_save or slack_used or done or restarted.any():
+        if not done and (counters.frames >= next_save or slack_used or restarted.any()):
             next_save = counters.frames + args.checkpoint_interval
-            if save(last=done or slack_used):
+            if save(last=slack_used):
                 saved_rows = replay.total
 
+    if args.eval_every and counters.last_eval < counters.frames and not stop_signals:
+        assess()
+    save(last=True)
     if stop_signals:
-        save(last=True)
         print(f"\nstopped and saved at frame {counters.frames}; continue with --resume {run_dir}", file=sys.stderr)
+    else:
+        logger.scalars(counters.frames, {})  # a last line without values: the run is complete
 
 
 def main(args: Args) -> None:

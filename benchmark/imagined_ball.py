@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from run import Parser
+from run import Parser, whole
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dreamer_v2_atari as dreamer  # noqa: E402
@@ -84,7 +84,7 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kl-loss-coeff", type=float, default=0.1)
     parser.add_argument("--free-nats", type=float, default=0.0)
-    parser.add_argument("--updates", type=int, default=6000)
+    parser.add_argument("--updates", type=whole(1), default=6000)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     flags = {name: value for name, value in vars(options).items() if name != "updates"}
@@ -111,7 +111,7 @@ def main():
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
-        if update % 250 == 0:
+        if update % 250 == 0 or update == options.updates:
             shares = measure(model, *test) | {"KL in nats": metrics["losses/kl"].item()}
             print(f"update {update}: " + ", ".join(f"{name} {x:.2f}" for name, x in shares.items()), flush=True)
 

@@ -1,9 +1,10 @@
-"""Watches a long run from outside: resident memory, open files and frames per CPU second, a sample every half minute.
+"""Watches a long run from outside: memory, open files and frames per CPU second, a sample every half minute.
 
     python benchmark/long_run.py --pid PID --run-dir runs/RUN --hours 2 --out long_run.csv
 
-Linux only (it reads /proc). The slopes printed at the end are those of a straight line through the samples after the
-first `--warm-up` minutes, in percent of their mean an hour.
+Linux only (it reads /proc), and of the main process only; its memory is without the replay's pages. The slopes printed
+at the end are those of a straight line through the samples after the first `--warm-up` minutes, in percent of their
+mean an hour.
 """
 
 import argparse
@@ -64,13 +65,14 @@ def main():
         time.sleep(30)
     data = np.array([row for row in rows if row[0] * 60 > options.warm_up], float)
     if len(data) < 3:
-        sys.exit("too few samples after the warm-up")
+        parser.error("too few samples after the warm-up")
     hours, frames, memory, files, cpu = data.T
     speed = np.diff(frames) / np.diff(cpu)
     print(f"{hours[0]:.2f} to {hours[-1]:.2f} hours, frames {frames[0]:.0f} to {frames[-1]:.0f}")
-    print(f"resident memory {memory.min():.0f} to {memory.max():.0f} MiB, slope {slope(hours, memory):+.2f}% an hour")
+    print(f"its own memory {memory.min():.0f} to {memory.max():.0f} MiB, slope {slope(hours, memory):+.2f}% an hour")
     print(f"open files {files.min():.0f} to {files.max():.0f}, slope {slope(hours, files):+.2f}% an hour")
-    print(f"frames per CPU second {speed.mean():.1f}, slope {slope(hours[1:], speed):+.2f}% an hour")
+    mean = (frames[-1] - frames[0]) / (cpu[-1] - cpu[0])
+    print(f"frames per CPU second {mean:.1f}, slope {slope(hours[1:], speed):+.2f}% an hour")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from run import InputError, Parser, frame_count, machine, read_yaml, replacing, whole, write
+from run import InputError, Parser, frame_count, machine, read_run, read_yaml, replacing, whole, write
 
 HERE = Path(__file__).resolve().parent
 RANDOM_COLUMNS = ["env_id", "action_repeat", "mean", "std", "episodes"]
@@ -33,6 +33,12 @@ COLUMNS = ["version", "task", "script", "seed", "step", "return", "kind"]
 SCRIPTS = ("dreamer_v1_continuous", "dreamer_v2_atari", "dreamer_v2_continuous")
 OURS, THEIRS, FLOOR = "#d1495b", "#8a8a8a", "#30638e"
 WINDOW = 0.05
+# Settings in which the seeds of one curve may differ: they change no result, or no more than a seed does.
+FREE = {
+    *("env_id", "seed", "exp_name", "total_steps", "config", "resume", "evaluate", "track", "wandb_project_name"),
+    *("wandb_entity", "capture_video", "cuda", "precision", "compile", "compile_cpu", "cuda_graph", "num_envs"),
+    *("torch_deterministic", "env_timeout", "scalar_freq", "eval_every", "eval_episodes", "checkpoint_interval"),
+}
 MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
 
 
@@ -122,23 +128,36 @@ def usual_repeat(task):
     return 4 if task.startswith("atari_") else 2
 
 
-def read_repeats(paths):
-    """{(task, script): action repeat} of run folders and of CSV files that have a sidecar."""
-    repeats = {}
+def read_settings(paths):
+    """{(task, script): the settings of each run} of run folders and of CSV files that have a sidecar."""
+    settings = defaultdict(list)
     for path in map(Path, paths):
         if path.is_dir():
-            for folder in run_folders(path):
+            for folder in chosen_folders(path):
                 _, task, script, *_ = describe(folder)
-                repeats[task, script] = read_yaml(folder / "config.yaml").get("action_repeat")
+                settings[task, script].append(read_yaml(folder / "config.yaml"))
         elif path.with_suffix(".json").exists():
             try:
                 sidecar = json.loads(path.with_suffix(".json").read_text())
                 for run in sidecar["runs"]:
-                    config = sidecar["common_config"] | run["config"]
-                    repeats[run["task"], run["script"]] = config.get("action_repeat")
+                    settings[run["task"], run["script"]].append(sidecar["common_config"] | run["config"])
             except (ValueError, KeyError, TypeError):
                 raise InputError(f"{path.with_suffix('.json')}: not what `plot.py export` writes") from None
+    return settings
+
+
+def read_repeats(paths):
+    """{(task, script): action repeat}, where it is known."""
+    repeats = {key: configs[-1].get("action_repeat") for key, configs in read_settings(paths).items()}
     return {key: repeat for key, repeat in repeats.items() if repeat}
+
+
+def tell_of_mixed(paths):
+    """A curve over seeds says nothing if each was trained in another way."""
+    for (task, script), (first, *others) in read_settings(paths).items():
+        keys = sorted({key for other in others for key in other | first if other.get(key) != first.get(key)} - FREE)
+        if keys:
+            print(f"note: the runs of {script} on {task} differ in {', '.join(keys)}", file=sys.stderr)
 
 
 def floor_of(group, floors, repeats):
@@ -168,6 +187,29 @@ def run_folders(path):
     if not found and not (found := sorted(p.parent for p in path.glob("runs/*/config.yaml"))):
         raise InputError(f"{path}: no run folder (config.yaml) in it")
     return found
+
+
+def chosen_folders(path, tell=False):
+    """The run folders in `path` but those that a run left when it began anew, since it was killed before it saved."""
+    folders = run_folders(path)
+    if folders == [path]:
+        return folders
+    ranks, seeds = {}, defaultdict(list)
+    for folder in folders:
+        run, born = read_run(folder, read_yaml(folder / "config.yaml")), (folder / "config.yaml").stat().st_mtime_ns
+        ranks[folder] = run.finished, run.resumable, 0 if run.finished or run.resumable else born
+        seeds[describe(folder)[1:4]].append(ranks[folder])
+    kept = []
+    for folder in folders:
+        empty, best = not (folder / "metrics.jsonl").exists(), max(seeds[describe(folder)[1:4]])
+        if ranks[folder] == best and not empty:
+            kept.append(folder)
+        elif tell:
+            reason = "it has no metrics.jsonl" if empty else "another run of this seed got further"
+            print(f"left out: {folder}: {reason}", file=sys.stderr)
+    if not kept:
+        raise InputError(f"{path}: no run in it has a metrics.jsonl")
+    return kept
 
 
 def describe(folder):
@@ -225,17 +267,19 @@ def thin(points, width):
 
 
 def load(paths, width=0, unfinished=True):
-    """Rows of CSV files and run folders."""
+    """Rows of CSV files and run folders. `width`: frames over which training returns are averaged, None: as it fits."""
     rows, sources = [], {}
+    tell_of_mixed(paths)
     for path in map(Path, paths):
         if path.is_dir():
-            for folder in run_folders(path):
+            for folder in chosen_folders(path, tell=True):
                 version, task, script, seed, total = describe(folder)
                 points, last = read_metrics(folder)
-                if not unfinished and last < total:
-                    print(f"left out: {folder} is at {last:,} of {total:,} frames", file=sys.stderr)
+                if not (unfinished or read_run(folder, read_yaml(folder / "config.yaml")).finished):
+                    print(f"left out: {folder} is not complete: at {last:,} of {total:,} frames", file=sys.stderr)
                     continue
-                new = [Row(version, task, script, seed, *point) for point in thin(points, width)]
+                size = min(10_000, last // 100) if width is None else width
+                new = [Row(version, task, script, seed, *point) for point in thin(points, size)]
                 rows += claim(new, folder, sources)
         else:
             new = [
@@ -282,7 +326,7 @@ def by_group(rows, kind="auto"):
 
 def official_at(curve, frames):
     """(mean, min, max) between the neighbouring frame counts; past the last one, that one; before the first, None."""
-    if curve is None or frames < curve[0][0]:
+    if curve is None or frames < (1 - WINDOW) * curve[0][0]:  # the last episode ends a little before the run
         return None
     return tuple(float(np.interp(frames, curve[0], values)) for values in curve[1:])
 
@@ -291,6 +335,9 @@ def score(group, kind, seeds, official):
     frames = int(min(steps[-1] for steps, _ in seeds.values()))
     values = {}
     for seed, (steps, returns) in seeds.items():
+        if steps[0] > frames:
+            runs = f"{group.script} on {group.task}"
+            raise InputError(f"{runs}: another seed ends at frame {frames:,}, before seed {seed} has any return")
         last = returns[(steps > (1 - WINDOW) * frames) & (steps <= frames)]
         values[seed] = float(last.mean() if len(last) else np.interp(frames, steps, returns))
     reference, verdict = official_at(official.get(group[:2]), frames), "no reference"
@@ -343,7 +390,8 @@ def provenance(folder, args):
         seconds = sum(attempt["seconds"] for attempt in attempts)
     else:
         facts, recorded = machine(str(HERE.parent), os.environ), "at export; wall_seconds from file times"
-        facts["command"] = f"python {script}.py --config CONFIG  (the settings below)"
+        name = next(name for name in SCRIPTS if script.startswith(name))  # the label goes on with --exp-name
+        facts["command"] = f"python {name}.py --config CONFIG  (the settings below)"
         stamp = re.search(r"__(\d{9,})$", folder.name)  # not config.yaml, which every resume writes again
         started = float(stamp[1]) if stamp else (folder / "config.yaml").stat().st_mtime
         seconds = (folder / "metrics.jsonl").stat().st_mtime - started
@@ -368,7 +416,7 @@ def export(args):
     out = Path(args.out)
     if out.suffix != ".csv":
         raise InputError(f"--out {out}: expected a name that ends in .csv")
-    folders = list(dict.fromkeys(folder for path in args.inputs for folder in run_folders(Path(path))))
+    folders = list(dict.fromkeys(f for path in args.inputs for f in chosen_folders(Path(path), tell=True)))
     rows = sorted(load(folders, args.bin, unfinished=True))
     if not rows:
         raise InputError(f"no returns in {', '.join(map(str, folders))}")
@@ -532,7 +580,7 @@ def draw_atari(scores, out):
 
 
 def aggregate(scores):
-    """[(script, suite, tasks, seeds, IQM, low, high)] for every script with values enough (four) for quartiles."""
+    """[(script, suite, tasks, seeds, IQM, low, high)] where tasks of three seeds and more have values for quartiles."""
     suites = defaultdict(list)
     for entry, ours, _ in human_normalised(scores):
         suites[entry.group.script, "Atari, human-normalised"].append(ours)
@@ -540,11 +588,12 @@ def aggregate(scores):
         if entry.group.task.startswith("dmc_"):
             suites[entry.group.script, "DMC, return / 1000"].append([v / 1000 for v in entry.seeds.values()])
     out = []
-    for (script, suite), tasks in sorted(suites.items()):
-        seeds = min(map(len, tasks))  # rliable wants a full matrix
-        if seeds > 2 and seeds * len(tasks) >= 4:  # one or two say nothing about the spread
+    for (script, suite), every in sorted(suites.items()):
+        tasks = [values for values in every if len(values) > 2]  # one or two seeds say nothing about the spread
+        seeds = min(map(len, tasks), default=0)  # rliable wants a full matrix
+        if seeds * len(tasks) >= 4:
             matrix = np.array([values[:seeds] for values in tasks]).T
-            out.append((script, suite, len(tasks), seeds, *iqm(matrix)))
+            out.append((script, suite, f"{len(tasks)} of {len(every)}", seeds, *iqm(matrix)))
     return out
 
 
@@ -552,6 +601,8 @@ def figures(paths, args):
     rows, official, by_script = load(paths), read_official(), defaultdict(dict)
     for group, entry in by_group(rows, args.kind).items():
         by_script[group.script][group] = entry
+    if not by_script:
+        raise InputError(f"no returns (--kind {args.kind}) in {', '.join(map(str, paths))}")
     known = official, read_floors(), read_repeats(paths)
     drawn = [draw_curves(s, groups, *known, args.figures, args.full) for s, groups in by_script.items()]
     return [path for path in [*drawn, draw_atari(all_scores(rows, official, args.kind), args.figures)] if path]
@@ -575,6 +626,8 @@ def spread(mean, low, high):
 
 def tables(paths, kind, with_iqm=True):
     scores, floors, repeats = all_scores(load(paths), read_official(), kind), read_floors(), read_repeats(paths)
+    if not scores:
+        raise InputError(f"no returns (--kind {kind}) in {', '.join(map(str, paths))}")
     lines = []
     for entry in scores:
         values, (repeat, floor) = list(entry.seeds.values()), floor_of(entry.group, floors, repeats)
@@ -593,7 +646,7 @@ def tables(paths, kind, with_iqm=True):
         ]
         parts.append(markdown(["game", "script", "frames", "human-normalised", "official, same frames"], lines))
     if with_iqm and (groups := aggregate(scores)):
-        lines = [[s, suite, str(t), str(n), f"{m:.3f} ({a:.3f} to {b:.3f})"] for s, suite, t, n, m, a, b in groups]
+        lines = [[s, suite, tasks, str(n), f"{m:.3f} ({a:.3f} to {b:.3f})"] for s, suite, tasks, n, m, a, b in groups]
         header = ["script", "suite", "tasks", "seeds", "interquartile mean (95% bootstrap interval)"]
         parts.append(markdown(header, lines))
     return parts
@@ -707,6 +760,8 @@ def random_returns(env_id, episodes, seed, repeat, sticky):
 
 
 def measure_random(args):
+    if not 0 <= args.sticky <= 1:
+        raise InputError(f"--sticky {args.sticky} is no probability")
     path, rows = Path(args.out), {}
     if path.exists():
         for row in read_csv(path, RANDOM_COLUMNS):
@@ -739,7 +794,7 @@ def parse(argv):
     sub.add_argument("inputs", nargs="+", help="run folders, or folders that hold some")
     sub.add_argument("--out", required=True)
     sub.add_argument(
-        "--bin", type=whole(0), default=10_000, help="average training returns over so many frames (0: no)"
+        "--bin", type=whole(0), help="average training returns over so many frames (0: no; default: 10000, at most 1%%)"
     )
     for name in ("command", "hardware", "commit"):
         sub.add_argument(f"--{name}", help="for runs that run.py did not start")
@@ -762,7 +817,7 @@ def parse(argv):
     sub = command("random", measure_random, "measure what a random policy scores")
     sub.add_argument("--env-ids", nargs="+", required=True)
     sub.add_argument("--episodes", type=whole(1), default=10)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=whole(0), default=0)
     sub.add_argument("--action-repeat", type=whole(1), help="frames an action is held (default: Atari 4, else 2)")
     sub.add_argument("--sticky", type=float, default=0.25, help="Atari: chance that the last action is repeated")
     sub.add_argument("--out", default=HERE / "results" / "random_scores.csv")

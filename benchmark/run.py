@@ -3,7 +3,7 @@
     python benchmark/run.py --script dreamer_v2_atari.py --env-ids PongNoFrameskip-v4 BreakoutNoFrameskip-v4 \\
         --seeds 1 2 3 --config benchmark/configs/v2_atari_paper.yaml --workers 2 -- --total-steps 1000000
 
-Runs that reached their total_steps are skipped, runs that were cut off are resumed, and one that fails leaves the
+Complete runs are skipped, runs that were cut off are resumed, and one that fails leaves the
 others alone. So the same command, typed again, finishes whatever is missing.
 Exit code: 0 all done, 1 some failed, 2 bad input, 130 interrupted.
 """
@@ -126,7 +126,8 @@ def read_run(path, config, size=1 << 18):
     step = max(evaluated[-1:] + [row["step"] for row in rows[-1:]], default=0)
     names = ("charts/episodic_return", "charts/eval_return")
     last = next((row[name] for row in reversed(rows) for name in names if name in row), None)
-    return Run(path, step, total, last, (path / "checkpoint.pt").exists(), step >= total)
+    complete = bool(rows) and rows[-1].keys() == {"step"} and step >= total  # what a script writes after its last save
+    return Run(path, step, total, last, (path / "checkpoint.pt").exists(), complete)
 
 
 @dataclass(frozen=True)
@@ -196,13 +197,15 @@ class Job:
             CHILDREN.add(process)
             if STOPPING:
                 process.send_signal(signal.SIGINT)
-            while (code := process.poll()) is None:  # not wait(): it would hold its lock while checkpoint() needs it
-                time.sleep(0.1)
-            CHILDREN.discard(process)
-            run, attempt["seconds"] = self.find_run(), round(time.time() - started, 1)
-            with open(self.log.with_suffix(".jsonl"), "a") as attempts:
-                attempts.write(json.dumps({"run": run and run.path.name, "code": code, **attempt}) + "\n")
-        return code
+            try:
+                while process.poll() is None:  # not wait(): it would hold its lock while checkpoint() needs it
+                    time.sleep(0.1)
+            finally:  # submitit, after checkpoint(), ends this process from a signal's handler
+                CHILDREN.discard(process)
+                run, attempt["seconds"] = self.find_run(), round(time.time() - started, 1)
+                with open(self.log.with_suffix(".jsonl"), "a") as attempts:
+                    attempts.write(json.dumps({"run": run and run.path.name, "code": process.poll(), **attempt}) + "\n")
+        return process.returncode
 
     def checkpoint(self):
         """Called by submitit before a timeout or a preemption: the same job is queued again, and resumes."""
@@ -325,7 +328,7 @@ def outcome(job, handle):
     if code:
         lines = job.log.read_text(errors="replace").replace("\r", "\n").split("\n")
         return f"exit code {code}: " + next(line.strip() for line in reversed(lines) if line.strip())
-    return "done" if run and run.finished else f"exit code 0, but it is at {run.step if run else 0:,} frames"
+    return "done" if run and run.finished else f"exit code 0, but not complete: at {run.step if run else 0:,} frames"
 
 
 def table(jobs, states):
@@ -350,7 +353,7 @@ def parse(argv):
     parser.add_argument("--config", help="recipe (YAML) given to every run")
     parser.add_argument("--exp-name", help="name of the experiment (default: that of the script)")
     parser.add_argument("--out", default=".", help="folder that gets runs/ and logs/ (default: here)")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--workers", type=int, help="runs at a time (default: one, or one for each of --gpus)")
     parser.add_argument("--gpus", nargs="+", help="local: CUDA devices, dealt out to the workers")
     parser.add_argument("--refresh", type=float, default=30, help="seconds between two tables")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local")
@@ -361,6 +364,8 @@ def parse(argv):
 
 def plan(args):
     """The jobs, after everything that can be wrong with the list has been looked at."""
+    if args.workers is None:
+        args.workers = len(args.gpus or [0])
     if args.workers < 1 or args.refresh <= 0:
         raise InputError("--workers and --refresh must be positive")
     for path in [*args.script, *([args.config] if args.config else [])]:
@@ -441,6 +446,8 @@ if __name__ == "__main__":
         print(f"run.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        stop_children(60)
+        print(f"waiting until {len(CHILDREN)} runs have saved", file=sys.stderr)
+        with contextlib.suppress(KeyboardInterrupt):
+            stop_children(60)
         print("interrupted: the same command goes on from here (what Slurm was given is left to run)", file=sys.stderr)
         sys.exit(130)

@@ -152,7 +152,7 @@ def main():
             loss.backward()
             learner.step("model", loss)
             losses.append((metrics["losses/image"].item() - constant, metrics["losses/kl"].item()))
-            if update % 200 == 0:
+            if update % 200 == 0 or update == options.updates:
                 image, kl = np.mean(losses[-100:], 0)
                 varies, found = measure(model, replay.sample(np.random.default_rng(7), 16, 16))
                 figures = f"images {image:.2f} nats, KL {kl:.3f} nats, logits vary by {varies:.4f}, {found}"

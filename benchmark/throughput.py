@@ -11,6 +11,7 @@ Updates run on random uint8 data in a real replay, sampling included; environmen
 import argparse
 import contextlib
 import dataclasses
+import gc
 import importlib
 import io
 import json
@@ -21,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +98,7 @@ def profile(call, repeats=3):
 def time_update(script, args, channels, device, repeats):
     """One update of world model, actor and critic, its batch drawn from a replay of random data."""
     if device.type == "cuda":
+        gc.collect()  # a compiled learner holds itself
         torch.cuda.reset_peak_memory_stats()
     learner = script.Learner(script.Dreamer(args, channels, ACTIONS).to(device), args, device)
     rng, n = np.random.default_rng(0), args.batch_size * args.train_seq_len
@@ -134,7 +137,8 @@ def time_policy(script, args, channels, device):
 
 
 def time_env(script, args):
-    envs = script.SturdyEnvs(args, script.Counters(), logger=None)
+    silent = types.SimpleNamespace(warn=lambda topic, message: None)
+    envs = script.SturdyEnvs(args, script.Counters(), logger=silent)
     envs.reset(seed=0)
     size = script.probe_env(args)[1]
     action = script.random_actions(np.random.default_rng(0), args.num_envs, size)
@@ -213,17 +217,20 @@ def main():
                 args = script.Args(env_id=env_id, precision=precision, cuda_graph="graph" in mode, **compiled, **sizes)
                 args = dataclasses.replace(args, num_envs=options.num_envs)
                 row = {"case": case, "precision": precision, "mode": mode}
-                if "update" in options.parts:
-                    before = product_speed(precision, device)
-                    row |= time_update(script, args, channels, device, options.repeats)
-                    row["product_gflops"] = (before + product_speed(precision, device)) / 2
-                    row["update_gflops"] = GFLOP[case] / row["update"]["median"]
-                if "policy" in options.parts:
-                    row |= time_policy(script, args, channels, device)
-                if "env" in options.parts:
-                    row |= time_env(script, args)
-                if "loop" in options.parts:
-                    row |= time_loop(script, args, options.loop_frames)
+                try:
+                    if "update" in options.parts:
+                        before = product_speed(precision, device)
+                        row |= time_update(script, args, channels, device, options.repeats)
+                        row["product_gflops"] = (before + product_speed(precision, device)) / 2
+                        row["update_gflops"] = GFLOP[case] / row["update"]["median"]
+                    if "policy" in options.parts:
+                        row |= time_policy(script, args, channels, device)
+                    if "env" in options.parts:
+                        row |= time_env(script, args)
+                    if "loop" in options.parts:
+                        row |= time_loop(script, args, options.loop_frames)
+                except script.UserError as error:  # an environment that cannot be used
+                    raise InputError(f"{case}: {error}") from None
                 report["rows"].append(row)
                 if options.out:
                     write(options.out, json.dumps(report, indent=1))

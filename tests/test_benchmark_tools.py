@@ -20,6 +20,7 @@ BENCHMARK = Path(__file__).resolve().parents[1] / "benchmark"
 sys.path.insert(0, str(BENCHMARK))
 
 import plot  # noqa: E402
+import run  # noqa: E402
 
 # Writes what a training script writes, 100 frames a line, and leaves one word in starts.txt for each start.
 FAKE = """
@@ -59,6 +60,7 @@ try:
         open(f"{folder}/metrics.jsonl", "a").write(json.dumps(line) + "\\n")
         if step % 500 == 0:
             open(f"{folder}/checkpoint.pt", "w").write(str(step))
+    open(f"{folder}/metrics.jsonl", "a").write(json.dumps({"step": step}) + "\\n")
 except KeyboardInterrupt:
     open(f"{folder}/checkpoint.pt", "w").write(str(step))
     print("saved", step)
@@ -119,13 +121,15 @@ def starts(out):
     return sorted(path.read_text().split()) if path.exists() else []
 
 
-def make_run(root, env_id, seed, points, exp_name="dreamer_v2_atari", total=1000, lines=(), **config):
-    """A run folder with the given [(step, return)] as training returns, then `lines` as they are."""
-    folder = Path(root, "runs", f"{env_id.replace('/', '-')}__{exp_name}__{seed}__1700000000")
+def make_run(root, env_id, seed, points, exp_name="dreamer_v2_atari", total=1000, lines=(), born=1700000000, **config):
+    """A run folder with the given [(step, return)] as training returns, then `lines` as they are, then the line of a
+    complete run if the returns reach `total`."""
+    folder = Path(root, "runs", f"{env_id.replace('/', '-')}__{exp_name}__{seed}__{born}")
     folder.mkdir(parents=True)
     config = {"env_id": env_id, "exp_name": exp_name, "seed": seed, "total_steps": total, "num_classes": 32, **config}
     (folder / "config.yaml").write_text("# torch 2\n" + yaml.safe_dump(config))
     lines = [*(json.dumps({"step": step, "charts/episodic_return": value}) for step, value in points), *lines]
+    lines += [json.dumps({"step": points[-1][0]})] if points and points[-1][0] >= total else []
     (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     (folder / "checkpoint.pt").write_text(str(points[-1][0] // 500 * 500 if points else 0))
     return folder
@@ -184,6 +188,23 @@ def test_run_gives_the_recipe_and_the_flags_to_the_script(tmp_path, script):
     assert config["deter_size"] == 7 and config["sleep"] == 0 and config["exp_name"] == "small" and config["seed"] == 1
 
 
+def test_run_goes_on_with_a_run_that_was_stopped_in_its_last_evaluation(tmp_path, script):
+    folder = make_run(tmp_path, "A-v0", 1, [(500, 1.0), (1000, 2.0)], exp_name="fake_script", sleep=0, fail_seed=None)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    words = ["--script", script, "--env-ids", "A-v0", "--out", tmp_path, "--refresh", 0.2]
+    assert call("run.py", *words).returncode == call("run.py", *words).returncode == 0
+    assert starts(tmp_path) == ["A-v0:1:resume:1000"]
+
+
+def test_run_uses_every_gpu_it_is_given(tmp_path, script):
+    words = ["--script", str(script), "--env-ids", "A-v0", "--out", str(tmp_path)]
+    for more, workers in (([], 1), (["--gpus", "0", "1"], 2), (["--gpus", "0", "--workers", "3"], 3)):
+        args = run.parse([*words, *more])
+        run.plan(args)
+        assert args.workers == workers
+
+
 def test_run_never_starts_a_run_that_another_process_is_running(tmp_path, script):
     log = tmp_path / "logs" / "A-v0__fake_script__1.log"
     log.parent.mkdir()
@@ -217,7 +238,7 @@ def test_run_that_ends_well_but_early_is_a_failure(tmp_path):
     script = tmp_path / "lazy.py"
     script.write_text("print('bye')")
     result = call("run.py", "--script", script, "--env-ids", "A-v0", "--out", tmp_path, "--refresh", 0.2)
-    assert result.returncode == 1 and "exit code 0, but it is at 0 frames" in result.stderr
+    assert result.returncode == 1 and "exit code 0, but not complete: at 0 frames" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -313,6 +334,9 @@ def test_slurm_timeout_saves_requeues_and_resumes(tmp_path, script, slurm):
     first, second, other = starts(tmp_path)
     assert first == "A-v0:1:new:0" and other == "B-v0:1:new:0"
     assert second.startswith("A-v0:1:resume:") and int(second.split(":")[-1]) >= 100
+    attempts = (tmp_path / "logs" / "A-v0__fake_script__1.jsonl").read_text().splitlines()
+    commands = [json.loads(line)["command"] for line in attempts]
+    assert len(commands) == 2 and "--resume" not in commands[0] and "--resume" in commands[1]
 
 
 @needs_submitit
@@ -421,6 +445,42 @@ def test_export_says_how_the_runs_were_made(tmp_path, script):
     assert sidecar["common_config"]["total_steps"] == 1000 and run["config"] == {"seed": 1}
 
 
+def test_what_a_run_left_that_began_anew_is_left_out(tmp_path):
+    """Killed before its first checkpoint: run.py starts the run again, in a folder of its own."""
+    early = [make_run(tmp_path, "ALE/Pong-v5", 1, points, born=born) for points, born in (([], 3), ([(300, 9.0)], 2))]
+    for folder in early:
+        (folder / "checkpoint.pt").unlink()
+    (early[0] / "metrics.jsonl").unlink()
+    make_run(tmp_path, "ALE/Pong-v5", 1, [(1000, 1.0)], born=1)
+    for words in (["table"], ["export", "--out", tmp_path / "x.csv"]):
+        result = call("plot.py", words[0], tmp_path, *words[1:])
+        assert result.returncode == 0, result.stderr
+        assert all(f"left out: {folder}" in result.stderr for folder in early)
+    assert {row["step"] for row in csv.DictReader((tmp_path / "x.csv").open())} == {"1000"}
+    make_run(tmp_path, "ALE/Pong-v5", 1, [(1000, 1.0)], born=4)
+    result = call("plot.py", "export", tmp_path, "--out", tmp_path / "y.csv")
+    assert result.returncode == 2 and "two runs of" in result.stderr and not (tmp_path / "y.csv").exists()
+
+
+def test_seeds_with_other_settings_are_told(tmp_path):
+    make_run(tmp_path, "ALE/Pong-v5", 1, [(1000, 1.0)], deter_size=600)
+    make_run(tmp_path, "ALE/Pong-v5", 2, [(1000, 1.0)], deter_size=600, precision="float32")
+    assert call("plot.py", "table", tmp_path).stderr == ""
+    make_run(tmp_path, "ALE/Pong-v5", 3, [(1000, 1.0)], deter_size=200)
+    told = "note: the runs of dreamer_v2_atari on atari_pong differ in deter_size\n"
+    assert call("plot.py", "export", tmp_path, "--out", tmp_path / "x.csv").stderr == told
+    assert call("plot.py", "table", tmp_path / "x.csv").stderr == told
+
+
+def test_the_bins_of_a_short_run_are_a_hundredth_of_it(tmp_path):
+    folder = make_run(
+        tmp_path, "ALE/Pong-v5", 1, [(step, float(step)) for step in range(100, 60_001, 100)], total=60_000
+    )
+    assert call("plot.py", "export", folder, "--out", tmp_path / "x.csv").returncode == 0
+    short, whole = (plot.all_scores(plot.load([path]), {})[0].seeds[1] for path in (tmp_path / "x.csv", folder))
+    assert short == pytest.approx(whole, rel=1e-2)
+
+
 def test_two_runs_of_one_seed_are_refused(tmp_path):
     for root in ("a", "b"):
         make_run(tmp_path / root, "ALE/Pong-v5", 1, [(1000, 1.0)])
@@ -449,6 +509,12 @@ def test_score_is_the_mean_of_the_last_frames_that_all_seeds_reached():
     assert entry.frames == 1000 and entry.seeds == {1: 20.0, 2: 50.0} and entry.verdict == "no reference"
 
 
+def test_a_seed_that_starts_after_the_others_end_is_refused():
+    seeds = {1: (np.array([50.0, 60.0]), np.zeros(2)), 2: (np.array([100.0, 200.0]), np.ones(2))}
+    with pytest.raises(run.InputError, match="ends at frame 60, before seed 2 has any return"):
+        plot.score(plot.Group("v2", "t", "s"), "eval", seeds, {})
+
+
 def test_evaluations_count_only_where_every_seed_has_some():
     rows = [plot.Row("v2", "t", "s", seed, 10, 1.0, "train") for seed in (1, 2)]
     rows += [plot.Row("v2", "t", "s", 1, 10, 5.0, "eval")]
@@ -463,7 +529,8 @@ def test_official_range_between_two_frame_counts():
     assert plot.official_at(curve, 150) == (12.5, 5.0, 20.0)
     assert plot.official_at(curve, 175) == (16.25, 7.5, 25.0)
     assert plot.official_at(curve, 900) == (20.0, 10.0, 30.0)
-    assert plot.official_at(curve, 99) is None
+    assert plot.official_at(curve, 95) == (5.0, 0.0, 10.0), "the last episode ends before the run"
+    assert plot.official_at(curve, 94) is None
 
 
 def test_human_normalised_score():
@@ -498,6 +565,16 @@ def test_interquartile_mean_and_its_interval():
     assert point == pytest.approx(4.5) and 1 <= low < 4.5 < high <= 8
     assert plot.iqm(matrix) == (point, low, high)
     assert np.random.rand() == expected  # the caller's random state is as it was
+
+
+@pytest.mark.skipif(bool(NO_RLIABLE), reason=str(NO_RLIABLE))
+def test_a_task_with_one_seed_leaves_the_interquartile_mean_of_the_others():
+    rows = [(f"dmc_{task}", seed) for task in "abc" for seed in ((1,) if task == "c" else (1, 2, 3))]
+    group = {task: plot.Group("v1", task, "s") for task, _ in rows}
+    values = {task: {seed: 100.0 * seed for t, seed in rows if t == task} for task in group}
+    scores = [plot.Score(group[task], "eval", 1000, values[task], None, "-") for task in group]
+    ((script, suite, tasks, seeds, mean, low, high),) = plot.aggregate(scores)
+    assert (script, tasks, seeds) == ("s", "2 of 3", 3) and mean == pytest.approx(0.2)
 
 
 @pytest.mark.skipif(not NO_RLIABLE, reason="rliable imports")
@@ -541,7 +618,8 @@ def test_gate_judges_finished_run_folders_only(tmp_path):
         "inside",
     ]
     assert "at 400,000 of 1,000,000 frames" in result.stderr
-    (good / "metrics.jsonl").write_text(json.dumps({"step": 1_000_000, "charts/eval_return": -20.5}) + "\n")
+    lines = {"step": 1_000_000, "charts/eval_return": -20.5}, {"step": 1_000_000}
+    (good / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert call("gate.py", tmp_path).returncode == 1
     one_line_error(call("gate.py", tmp_path, "--unfinished", "--kind", "train"), "nothing to judge")
 

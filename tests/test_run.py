@@ -169,7 +169,8 @@ def test_nothing_is_logged_at_the_frame_of_a_checkpoint_after_it(script, tmp_pat
     """A kill would leave it in TensorBoard, which forgets later frames only, and not in metrics.jsonl."""
     happened = []
     scalars, save = script.Logger.scalars, script.save_checkpoint
-    monkeypatch.setattr(script.Logger, "scalars", lambda *a: (happened.append(("log", a[1])), scalars(*a)))
+    logged = lambda *a: (happened.extend([("log", a[1])] if a[2] else []), scalars(*a))  # noqa: E731
+    monkeypatch.setattr(script.Logger, "scalars", logged)
     counted = lambda path, state: (happened.append(("save", state["counters"]["frames"])), save(path, state))  # noqa: E731
     monkeypatch.setattr(script, "save_checkpoint", counted)
     train(script, tmp_path, small(script, checkpoint_interval=26, seed_steps=26, scalar_freq=20))
@@ -408,7 +409,8 @@ def test_a_resumed_learner_goes_on_exactly_as_the_live_one(script, tmp_path, mon
 
 
 def test_resume_keeps_the_flags_and_takes_new_ones(script, copy, tmp_path):
-    before = read_metrics(copy)
+    *before, complete = read_metrics(copy)
+    assert complete == {"step": 300}
     train(script, tmp_path, ["--resume", str(copy), "--total-steps", "360"])
     checkpoint, metrics = script.load_checkpoint(copy), read_metrics(copy)
     assert checkpoint["counters"]["frames"] == 360
@@ -471,6 +473,32 @@ def test_resuming_a_finished_run_changes_no_weight_and_says_so(script, copy, tmp
     after = script.load_checkpoint(copy)
     assert after["counters"]["frames"] == before["counters"]["frames"]
     assert all(torch.equal(after["agent"][name], before["agent"][name]) for name in before["agent"])
+
+
+def test_a_line_without_values_ends_the_log_of_a_complete_run(script, copy, tmp_path):
+    assert read_metrics(copy)[-1] == {"step": 300}
+    train(script, tmp_path, ["--resume", str(copy), "--total-steps", "320"])
+    metrics = read_metrics(copy)
+    assert metrics[-1] == {"step": 320} and {"step": 300} not in metrics
+    train(script, tmp_path, ["--resume", str(copy)])
+    assert read_metrics(copy) == metrics
+
+
+def test_a_run_stopped_in_its_last_evaluation_has_it_when_resumed(script, tmp_path, monkeypatch):
+    evaluate = script.evaluate
+
+    def stopped(agent, args, episodes, seed, stop):
+        stop.append(signal.SIGTERM)
+        return evaluate(agent, args, episodes, seed, stop)
+
+    monkeypatch.setattr(script, "evaluate", stopped)
+    run_dir = train(script, tmp_path, small(script, eval_every=1000))
+    assert not any("charts/eval_return" in line for line in read_metrics(run_dir))
+    assert read_metrics(run_dir)[-1] != {"step": 300}
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    train(script, tmp_path, ["--resume", str(run_dir)])
+    metrics = read_metrics(run_dir)
+    assert [line["step"] for line in metrics if "charts/eval_return" in line] == [300] and metrics[-1] == {"step": 300}
 
 
 def test_resume_without_the_log_starts_a_new_one(script, copy, tmp_path):
