@@ -194,15 +194,15 @@ def chosen_folders(path, tell=False):
     folders = run_folders(path)
     if folders == [path]:
         return folders
-    ranks, seeds = {}, defaultdict(list)
+    seeds, best, kept = {}, {}, []
     for folder in folders:
         run, born = read_run(folder, read_yaml(folder / "config.yaml")), (folder / "config.yaml").stat().st_mtime_ns
-        ranks[folder] = run.finished, run.resumable, 0 if run.finished or run.resumable else born
-        seeds[describe(folder)[1:4]].append(ranks[folder])
-    kept = []
-    for folder in folders:
-        empty, best = not (folder / "metrics.jsonl").exists(), max(seeds[describe(folder)[1:4]])
-        if ranks[folder] == best and not empty:
+        rank = run.finished, run.resumable, 0 if run.finished or run.resumable else born
+        seeds[folder] = describe(folder)[1:4], rank
+        best[seeds[folder][0]] = max(rank, best.get(seeds[folder][0], rank))
+    for folder, (seed, rank) in seeds.items():
+        empty = not (folder / "metrics.jsonl").exists()
+        if rank == best[seed] and not empty:
             kept.append(folder)
         elif tell:
             reason = "it has no metrics.jsonl" if empty else "another run of this seed got further"

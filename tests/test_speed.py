@@ -125,7 +125,7 @@ def test_what_is_compiled_has_no_graph_break_and_is_never_compiled_again(script,
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
 def test_on_the_cpu_what_is_compiled_gives_the_numbers_of_eager_code(script, pytestconfig):
     if script.__name__ != "dreamer_v2_atari" and not pytestconfig.getoption("--slow"):
-        pytest.skip("runs with --slow: two minutes of the C++ compiler for each script")
+        pytest.skip("runs with --slow: three minutes of the C++ compiler for each script")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     learners = [make_learner(script, compile_cpu=on, imagine_horizon=2, train_seq_len=2) for on in (False, True)]
