@@ -39,6 +39,7 @@ import copy
 import ctypes
 import dataclasses
 import fcntl
+import gc
 import importlib
 import importlib.metadata
 import io
@@ -1209,6 +1210,7 @@ def fast_policy(agent: Dreamer, num_envs: int, noise: float = 0.0, mode: bool = 
     shared, own = generator.graphsafe_get_state(), generator.clone_state()
     own.manual_seed(int(torch.randint(2**31, ())))
     generator.graphsafe_set_state(own)
+    gc.collect()  # of the last evaluation's graph, which is in a reference cycle: its end would spoil a capture
     try:
         graph = torch.cuda.make_graphed_callables(policy, (image, state, is_first))
     finally:
@@ -1284,6 +1286,7 @@ class Learner:
             if self.warmup:  # compilation and the optimizers' first steps must come before the capture
                 self.warmup -= 1
                 return self.update(self.static)
+            gc.collect()  # as in `fast_policy`
             self.graph = torch.cuda.CUDAGraph()
             # On this stream, since cuBLAS has a workspace for each; the prefetch thread may go on.
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
@@ -1306,7 +1309,7 @@ class Learner:
 
         # BEHAVIOUR LEARNING: imagine from every posterior state, through the weights from before this update, as in the
         # official code
-        with torch.cuda.stream(self.second_stream):  # None on the CPU: does nothing
+        with torch.cuda.stream(self.second_stream) if self.second_stream else contextlib.nullcontext():
             for module in (model, agent.value):  # gradients pass through them, none are computed for their weights
                 module.requires_grad_(False)
             with autocast(args, self.device):
@@ -1996,13 +1999,16 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if not args.evaluate:
-        if args.compile_cpu and device.type == "cpu":
+        compiles, flag = args.compile_cpu, "--no-compile-cpu"
+        if device.type == "cuda":
+            compiles, flag = args.compile, "--no-compile"
+        if compiles:
             try:  # on something small, before anything is created
-                torch.compile(lambda x: x + 1)(torch.zeros(1))
+                torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
             except Exception as error:  # of the compiler's many
                 reason = str(error).partition("\n")[0]
-                mend = "install g++ and Python's headers (python3-dev), or leave the flag out"
-                raise UserError(f"--compile-cpu: torch.compile fails ({reason}): {mend}") from None
+                mend = f"install g++ and Python's headers (python3-dev), or give {flag}"
+                raise UserError(f"torch.compile fails ({reason}): {mend}") from None
         try:
             with contextlib.ExitStack() as stack:
                 train(args, device, stack)

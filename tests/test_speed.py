@@ -184,6 +184,14 @@ def test_the_graph_gets_every_batch_and_every_update_counts(script, monkeypatch)
     assert len(recorded) == 1, "captured once"
 
 
+def test_on_the_cpu_an_update_does_not_ask_for_cuda(script, monkeypatch):
+    """A GPU that is broken or taken does not matter to `--no-cuda`, and the memory that its context takes is spared."""
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: pytest.fail("torch.cuda.stream starts CUDA"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: pytest.fail("torch.cuda.current_stream starts CUDA"))
+    learner = make_learner(script)
+    learner(make_batch(script, learner.args, 0))
+
+
 def test_updates_are_started_between_the_policys_step_and_the_environments(script, tmp_path, monkeypatch):
     """So a GPU, which works through them on its own, learns while the environments step on the CPU."""
     events = []
@@ -214,39 +222,88 @@ def test_the_replay_gives_a_v1_batch_within_15_ms(tmp_path):
     assert min(seconds) < 0.015
 
 
-@needs_cuda
-def test_on_cuda_the_compiled_graph_gives_the_losses_of_the_eager_update(script):
-    device, losses = torch.device("cuda"), []
-    for compiled in (False, True):
-        learner = make_learner(script, device, precision="float32", compile=compiled, cuda_graph=compiled)
-        batches = [make_batch(script, learner.args, seed, device) for seed in range(8)]
-        for batch in batches:
-            metrics = learner(batch)
+def updates_of(learner, script, device, seeds=range(8)):
+    """Updates with batches of these seeds: their metrics, and the change of each network's weights."""
+    parts, metrics = (learner.agent.world_model, learner.agent.actor, learner.agent.value), []
+
+    def weights():
+        return [torch.cat([parameter.detach().flatten().cpu() for parameter in part.parameters()]) for part in parts]
+
+    before = weights()
+    for seed in seeds:
+        metrics.append(learner(make_batch(script, learner.args, seed, device)))
         learner.wait()
-        losses.append(metrics["losses/image"].item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+        metrics[-1] = {name: metric.item() for name, metric in metrics[-1].items()}
+    return metrics, [new - old for new, old in zip(weights(), before, strict=True)]
+
+
+def assert_same_updates(updates, others, tolerance):
+    for values, expected in zip(updates[0], others[0], strict=True):
+        assert values == pytest.approx(expected, rel=tolerance, abs=0.01 * tolerance)
+    for change, expected in zip(updates[1], others[1], strict=True):
+        assert (change - expected).norm() < 0.5 * expected.norm()
+
+
+def draw_the_same(monkeypatch):
+    """Draws that do not depend on the device, nor on what is compiled."""
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.4))
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 0.4))
+
+
+@pytest.mark.parametrize("fault", [None, "one batch", "model", "actor", "value"])
+def test_on_cuda_updates_that_differ_would_be_seen(script, fault, monkeypatch):
+    """Of the next test, which needs CUDA: that its tolerances pass what rounding does, and nothing else."""
+    draw_the_same(monkeypatch)
+    plain, other = make_learner(script), make_learner(script, precision="float32" if fault else "bfloat16")
+    expected = updates_of(plain, script, CPU)
+    if fault in other.optimizers:
+        other.optimizers[fault].step = lambda: None
+    updates = updates_of(other, script, CPU, [0] * 8 if fault == "one batch" else range(8))
+    with pytest.raises(AssertionError) if fault else contextlib.nullcontext():
+        assert_same_updates(updates, expected, 0.3)
+
+
+@needs_cuda
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 0.05), ("bfloat16", 0.3)])
+def test_on_cuda_the_compiled_graph_does_the_updates_of_eager_code(script, precision, tolerance, monkeypatch):
+    draw_the_same(monkeypatch)
+    device, updates = torch.device("cuda"), []
+    for fast in (False, True):
+        learner = make_learner(script, device, precision=precision, compile=fast, cuda_graph=fast)
+        updates.append(updates_of(learner, script, device))
+    assert_same_updates(updates[1], updates[0], tolerance)
+    # And in the graph too a step that is not finite is skipped, and only that.
+    batch, before = make_batch(script, learner.args, 8, device), copy.deepcopy(learner.agent.world_model.state_dict())
+    metrics = learner(batch._replace(reward=batch.reward * torch.nan))
+    learner.wait()
+    assert metrics["skipped/model"] == 1 and metrics["skipped/actor"] == 0
+    torch.testing.assert_close(learner.agent.world_model.state_dict(), before, rtol=0, atol=0)
 
 
 @needs_cuda
 def test_on_cuda_the_policys_graph_acts_as_the_policy_does(script, monkeypatch):
-    """With the weights of now, not those it was captured with; the latents are their modes, to compare."""
-    if hasattr(script, "sample_onehot"):
-        mode = lambda logits: torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)  # noqa: E731
-        monkeypatch.setattr(script, "sample_onehot", mode)
-    else:
-        monkeypatch.setattr(script, "sample_normal", lambda mean, std: mean)
-    learner = make_learner(script, torch.device("cuda"), precision="float32", compile=False)
-    agent, rng = learner.agent, np.random.default_rng(0)
-    graphed, actions = script.fast_policy(agent, 4, mode=True), []
-    learner.update(make_batch(script, learner.args, 0, torch.device("cuda")))
+    """With the weights of now, not those it was captured with."""
+    draw_the_same(monkeypatch)
+    agent = make_learner(script, torch.device("cuda"), precision="float32").agent
+    rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (6, 4, 3, 64, 64), np.uint8)
     is_first = rng.random((6, 4)) < 0.3
-    for policy in (graphed, functools.partial(agent.policy, mode=True)):
-        state = agent.initial_state(4)
+    plain = functools.partial(agent.policy, mode=True)
+
+    def act(policy):
+        state, results = agent.initial_state(4), []
         for image, first in zip(images, is_first, strict=True):
             action, state = policy(image, state, first)
-            actions.append(action.cpu())
-    torch.testing.assert_close(actions[:6], actions[6:], rtol=1e-3, atol=1e-3)
+            results.append([action.cpu(), *(field.cpu() for field in state)])
+        return results
+
+    graphed, old = script.fast_policy(agent, 4, mode=True), act(plain)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.mul_(2)
+    new = act(plain)
+    assert max((a[-2] - b[-2]).abs().max() for a, b in zip(old, new, strict=True)) > 0.01, "the weights matter"
+    torch.testing.assert_close(act(graphed), new, rtol=1e-3, atol=1e-3)
 
 
 @needs_cuda
@@ -276,6 +333,9 @@ def test_on_cuda_acting_beside_an_update_changes_neither(script):
 def test_on_cuda_the_layers_that_are_products_there_are_convolutions(script):
     learner = make_learner(script, torch.device("cuda"), precision="float32")
     model = learner.agent.world_model
+    for name, parameter in model.named_parameters():
+        if "bias" in name:  # zeros at first
+            torch.nn.init.normal_(parameter)
     image = (torch.rand(300, 3, 64, 64) - 0.5).to(memory_format=torch.channels_last)
     feat = torch.randn(300, model.decoder.linear.in_features)
     on_gpu = [model.encoder(image.cuda()).cpu(), model.decoder(feat.cuda()).cpu()]
