@@ -53,6 +53,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -132,7 +133,7 @@ class Args:
     scalar_freq: int = 1000
     """frames between two log lines"""
     eval_every: int = 100_000
-    """frames between two evaluations (0: none)"""
+    """frames between two evaluations, each with an open-loop video (0: none)"""
     eval_episodes: int = 5
     """episodes of each evaluation"""
     checkpoint_interval: int = 10_000
@@ -233,7 +234,8 @@ def load_config(path: Path) -> Args:
         except (TypeError, ValueError, OverflowError):
             valid = False
         if not valid:
-            raise UserError(f"{key}: {reprlib.repr(value)} in {path} is not a valid {getattr(kind, '__name__', kind)}")
+            choices = " or ".join(get_args(kind)) if get_origin(kind) is Literal else getattr(kind, "__name__", kind)
+            raise UserError(f"{key}: {reprlib.repr(value)} in {path} is not valid: give {choices}")
     return Args(**values)
 
 
@@ -480,9 +482,11 @@ def probe_env(args: Args) -> tuple[tuple[int, ...], int]:
     Returns the image shape (C, 64, 64) and the action size.
     """
     try:
-        envs = make_envs(args, 1)
-        envs.reset(seed=args.seed)
-        envs.close()
+        with warnings.catch_warnings():  # the environments of the run will tell theirs
+            warnings.simplefilter("ignore")
+            envs = make_envs(args, 1)
+            envs.reset(seed=args.seed)
+            envs.close()
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # whatever a third party's environment raises
@@ -614,7 +618,7 @@ class MLP(nn.Sequential):
         for layer in hidden:
             x = layer(x)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 knows a value of 200 only to 1
-            return output(x.float())
+            return output(x.to(output.weight.dtype))
 
 
 class Actor(MLP):
@@ -1738,6 +1742,9 @@ def open_run(args: Args, stack: contextlib.ExitStack) -> tuple[Path, dict | None
             break
         folder = os.open(run_dir, os.O_RDONLY)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            if made_parent:
+                parent.rmdir()
         raise UserError(f"cannot open the run folder {run_dir}: {error.strerror}") from None
     stack.callback(os.close, folder)
     try:
@@ -1825,6 +1832,8 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
 
     def save(last: bool = False) -> bool:
         learner.wait()
+        if not last and any(row > 0 for row, _ in learner.skipped.values()):
+            return False  # the weights may have diverged, and the run be about to end: the last good checkpoint stays
         state = {
             "format": FORMAT,
             "channels": image_shape[0],

@@ -658,6 +658,8 @@ COMMANDS = {
     "runs leads nowhere": (unmount_runs, None, "run folder runs"),
     "runs is empty, and the disk too small": (make_runs, ["--replay-capacity", str(10**14)], "replay"),
     "out of memory": (None, ["--units", "1000000000000"], "out of memory"),
+    "a name too long": (None, ["--exp-name", "x" * 300], "too long"),
+    "an environment that warns": (None, ["--env-id", "Humanoid-v3"], "cannot use Humanoid-v3"),
     "no C++ compiler": (None, ["--compile-cpu", "--no-cuda"], "install g++"),
 }
 
