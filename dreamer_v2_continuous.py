@@ -181,7 +181,7 @@ class Args:
     kl_loss_coeff: float = 1.0
     """weight of the KL loss"""
     kl_alpha: float = 0.8
-    """share of the KL loss that moves the prior towards the posterior"""
+    """share of the KL loss that moves the prior towards the posterior (0.5: the KL itself, free nats for each step)"""
     free_nats: float = 3.0
     """the mean KL is not pushed below this"""
     model_learning_rate: float = 3e-4
@@ -596,6 +596,9 @@ def kl_loss(post: Tensor, prior: Tensor, alpha: float, free_nats: float) -> tupl
 
     The share `alpha` moves the prior towards the posterior, the rest the posterior towards the prior.
     """
+    if alpha == 0.5:  # in the official code not balanced: the KL itself, with free nats for each step
+        kl = kl_categorical(post, prior)
+        return kl.clamp(min=free_nats).mean(), kl.mean().detach()
     to_post = kl_categorical(post.detach(), prior).mean()
     to_prior = kl_categorical(post, prior.detach()).mean()
     loss = alpha * to_post.clamp(min=free_nats) + (1 - alpha) * to_prior.clamp(min=free_nats)
