@@ -931,6 +931,25 @@ def test_an_environment_that_fails_is_started_again(script, name, changes, tmp_p
     assert "is started again" in capsys.readouterr().err
 
 
+def test_games_break_together_and_are_started_again(tmp_path, monkeypatch, capsys):
+    """They share ALE's threads: a fault ends the open episode of each, and counts once."""
+    script, steps = load("dreamer_v2_atari"), []
+    step = script.Atari.step
+
+    def failing(self, action):
+        steps.append(0)
+        if len(steps) == 20:
+            raise RuntimeError("the emulator fell over")
+        return step(self, action)
+
+    monkeypatch.setattr(script.Atari, "step", failing)
+    run_dir = train(script, tmp_path, small(script, env_id="ALE/Pong-v5", num_envs=2, total_steps=200))
+    assert script.load_checkpoint(run_dir)["counters"]["env_restarts"] == 1
+    rows = stored_rows(script, run_dir)
+    assert rows["is_last"][19].all() and rows["is_first"][20].all() and not rows["is_terminal"].any()
+    assert "fell over; it is started again" in capsys.readouterr().err
+
+
 def test_actions_that_are_not_finite_are_neither_played_nor_stored(script, tmp_path, monkeypatch):
     policy = script.Dreamer.policy
 
@@ -1114,6 +1133,8 @@ def test_a_reward_that_is_no_number_ends_the_run(script, num_envs, tmp_path):
     if num_envs == 1:
         with pytest.raises(script.UserError, match="reward nan"):
             train(script, tmp_path, flags)
+        (run_dir,) = tmp_path.glob("runs/*")
+        assert script.load_checkpoint(run_dir)["replay_rows"] == 2, "the reset and the step before are saved"
         return
     with started(script, tmp_path, flags) as process:
         _, errors = process.communicate(timeout=120)
