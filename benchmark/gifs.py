@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from run import Parser, whole
+from run import Parser, run_tool, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("dreamer_v1_continuous.py", "dreamer_v2_atari.py", "dreamer_v2_continuous.py")
@@ -32,6 +32,8 @@ def main():
         args = script.load_config(options.run_dir / "config.yaml")
         agent = script.Dreamer.from_pretrained(options.run_dir)
         steps = np.load(options.run_dir / "replay" / "steps.npy", mmap_mode="r")
+        script.probe_env(args)
+        options.out.mkdir(parents=True, exist_ok=True)
     except (script.UserError, OSError, ValueError) as error:
         parser.error(str(error))
 
@@ -47,7 +49,6 @@ def main():
     video, imagined, observed = script.open_loop(agent, script.Batch(**fields))
     print(f"mean squared error of imagined frames {imagined:.5f}, of observed ones {observed:.5f}")
 
-    options.out.mkdir(parents=True, exist_ok=True)
     name = f"{args.env_id.replace('/', '-')}_{script.__name__}"
     script.write_file(options.out / f"imagination_{name}.gif", script.gif(video, fps=10))
     # The strip shows one sequence: a column each for some steps, rows truth, model and error.
@@ -61,4 +62,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

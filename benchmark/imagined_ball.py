@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from run import Parser, whole
+from run import Parser, run_tool, whole
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dreamer_v2_atari as dreamer  # noqa: E402
@@ -117,4 +117,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

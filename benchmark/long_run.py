@@ -3,8 +3,8 @@
     python benchmark/long_run.py --pid PID --run-dir runs/RUN --hours 2 --out long_run.csv
 
 Linux only (it reads /proc), and of the main process only; its memory is without the replay's pages. The slopes printed
-at the end are those of a straight line through the samples after the first `--warm-up` minutes, in percent of their
-mean an hour.
+at the end, or after Ctrl-C, are those of a straight line through the samples after the first `--warm-up` minutes, in
+percent of their mean an hour.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from run import InputError, Parser, replacing
+from run import InputError, Parser, replacing, run_tool
 
 COLUMNS = ("hours", "frame", "rss_mib", "open_files", "cpu_seconds")
 
@@ -38,19 +38,9 @@ def slope(hours, values):
     return 100 * np.polyfit(hours, values, 1)[0] / np.mean(values)
 
 
-def main():
-    parser = Parser("long_run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pid", type=int, required=True)
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--hours", type=float, default=2.0)
-    parser.add_argument("--warm-up", type=float, default=10.0, help="minutes")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    if not Path(f"/proc/{options.pid}").exists():
-        parser.error(f"--pid {options.pid}: there is no such process")
-    if not options.run_dir.is_dir():
-        parser.error(f"--run-dir {options.run_dir}: there is no such folder")
-    start, rows = time.time(), []
+def watch(parser, options, rows):
+    """Takes a sample every half minute, until the time is up or the run is over."""
+    start = time.time()
     while time.time() - start < options.hours * 3600 and Path(f"/proc/{options.pid}").exists():
         # It ended meanwhile (KeyError: and its parent does not know yet), or writes its first line.
         with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
@@ -63,6 +53,27 @@ def main():
                 parser.error(str(error))
             print(f"cannot write yet: {error}", file=sys.stderr)
         time.sleep(30)
+
+
+def main():
+    parser = Parser("long_run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pid", type=int, required=True)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--hours", type=float, default=2.0)
+    parser.add_argument("--warm-up", type=float, default=10.0, help="minutes")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    if not Path(f"/proc/{options.pid}").exists():
+        parser.error(f"--pid {options.pid}: there is no such process")
+    if not (options.run_dir / "metrics.jsonl").is_file():
+        parser.error(f"--run-dir {options.run_dir}: no run folder with a metrics.jsonl")
+    if options.out.exists():
+        parser.error(f"--out {options.out} is there already: give another name")
+    if not options.hours > 0:
+        parser.error("--hours must be greater than 0")
+    rows = []
+    with contextlib.suppress(KeyboardInterrupt):
+        watch(parser, options, rows)
     data = np.array([row for row in rows if row[0] * 60 > options.warm_up], float)
     if len(data) < 3:
         parser.error("too few samples after the warm-up")
@@ -76,4 +87,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -16,7 +16,10 @@ VENV = HERE.parent / ".venv-official"
 def official_python(folder):
     """The python of the official code's virtual environment, which is made unless it is there."""
     python, pip = folder / "bin" / "python", [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
-    if not python.exists():
+    complete = folder / "complete"  # an installation may have been interrupted
+    if not complete.exists():
+        if not python.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"--venv {folder} is there but is no virtual environment")
         if not (3, 9) <= sys.version_info < (3, 12):
             raise InputError("TensorFlow 2.15 needs Python 3.9 to 3.11")
         print(f"installing the official code into {folder}", file=sys.stderr)
@@ -27,6 +30,7 @@ def official_python(folder):
         ):
             if subprocess.run(command, stdout=sys.stderr).returncode:
                 raise InputError(f"this command failed: {' '.join(map(str, command))}; remove {folder} and try again")
+        complete.touch()
     return python
 
 

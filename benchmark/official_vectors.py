@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import official_code
-from run import InputError, Parser, replacing
+from run import InputError, Parser, replacing, run_tool
 
 ACTIONS, B, T, HORIZON = 4, 3, 5, 5
 MLP = {"layers": 2, "units": 12}
@@ -317,6 +317,8 @@ def main(argv):
     parser.add_argument("--venv", type=Path, default=official_code.VENV)
     parser.add_argument("--out", type=Path, required=True, help="folder")
     options = parser.parse_args(argv)
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out {options.out} is no folder")
     quiet = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "", "TF_ENABLE_ONEDNN_OPTS": "0"}
     command = [official_code.official_python(options.venv), __file__, "--worker", options.out]
     if subprocess.run(command, env=quiet).returncode:
@@ -324,8 +326,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except InputError as error:
-        print(f"official_vectors.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(lambda: main(sys.argv[1:]))

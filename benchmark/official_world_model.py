@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import official_code
-from run import InputError, Parser, replacing
+from run import InputError, Parser, replacing, run_tool, whole
 
 EVERY = 200
 CONSTANT = 0.5 * math.log(2 * math.pi) * 64 * 64
@@ -117,12 +117,14 @@ def main(argv):
         return train_official(Path(argv[1]), json.loads(argv[2]))
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=6000)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=whole(0), default=1)
     parser.add_argument("--venv", type=Path, default=official_code.VENV)
     parser.add_argument("--out", type=Path, help="CSV file")
     options = parser.parse_args(argv)
     if options.updates < EVERY:
         parser.error(f"--updates {options.updates}: at least {EVERY}, at which the first figures are taken")
+    if options.out and options.out.is_dir():
+        parser.error(f"--out {options.out} is a folder")
     python = official_code.official_python(options.venv)
 
     import torch
@@ -168,8 +170,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except InputError as error:
-        print(f"official_world_model.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(lambda: main(sys.argv[1:]))

@@ -82,7 +82,10 @@ def replacing(path):
     try:
         yield name
         os.chmod(name, 0o644)
-        os.replace(name, path)
+        try:
+            os.replace(name, path)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from None
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
@@ -91,6 +94,20 @@ def replacing(path):
 def write(path, text):
     with replacing(path) as name:
         Path(name).write_text(text)
+
+
+def run_tool(main):
+    """Runs a tool's `main`: bad input is one line and exit code 2, an interruption one line and 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that folders and children of the tool go too
+    name = os.path.basename(sys.argv[0])
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def frame_count(value, where):
@@ -366,7 +383,7 @@ def plan(args):
     """The jobs, after everything that can be wrong with the list has been looked at."""
     if args.workers is None:
         args.workers = len(args.gpus or [0])
-    if args.workers < 1 or args.refresh <= 0:
+    if args.workers < 1 or not args.refresh > 0:
         raise InputError("--workers and --refresh must be positive")
     for path in [*args.script, *([args.config] if args.config else [])]:
         if not os.path.isfile(path):

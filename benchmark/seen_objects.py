@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from run import Parser, whole
+from run import Parser, run_tool, whole
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dreamer_v2_atari as dreamer  # noqa: E402
@@ -111,6 +111,8 @@ def main():
     parser.add_argument("--run", type=Path, help="folder of a run on Pong, whose agent is looked at instead")
     parser.add_argument("flags", nargs="*", help="flags of the script, after --")
     options = parser.parse_args()
+    if not 0 < options.contrast < math.inf:
+        parser.error("--contrast must be greater than 0")
     torch.set_num_threads(1)
     try:
         if options.run:
@@ -125,7 +127,7 @@ def main():
         args = dreamer.parse_args([*sizes, "--seed", str(options.seed), *options.flags])
         if dreamer.atari_game(args.env_id) != "pong":
             parser.error(f"--env-id {args.env_id}: the places of the objects are Pong's")
-    except (dreamer.UserError, OSError) as error:
+    except (dreamer.UserError, OSError, ValueError) as error:
         parser.error(str(error))
     dreamer.tune_cpu()
     rng = np.random.default_rng(args.seed)
@@ -160,4 +162,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from run import InputError, Parser, machine, whole, write
+from run import InputError, Parser, machine, run_tool, whole, write
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -148,14 +148,18 @@ def time_env(script, args):
     return {"env_step": summary(seconds), "env_frames_per_second": frames / sum(seconds)}
 
 
+def least_frames(args):
+    """Frames after which `time_loop` has two training phases to time."""
+    return (10 // args.update_steps + 2) * args.collect_steps + args.action_repeat * args.num_envs
+
+
 def time_loop(script, args, frames):
     """Frames per second of the whole training loop at its default schedule, after the seed frames and the warm-up.
 
     From the first update of a training phase to that of a later one: V1 has 100 updates in each.
     """
     warm = 10 // args.update_steps  # phases: the first updates compile, capture and fill caches
-    step = args.action_repeat * args.num_envs
-    total = args.seed_steps + (frames or max(1000, (warm + 2) * args.collect_steps + step))
+    total = args.seed_steps + (frames or max(1000, least_frames(args)))
     args = dataclasses.replace(args, total_steps=total, eval_every=0, checkpoint_interval=10 * total, pretrain=5)
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -180,9 +184,6 @@ def time_loop(script, args, frames):
     if "stopped and saved" in log.getvalue():
         raise KeyboardInterrupt
     phases = marks[args.pretrain :: args.update_steps][warm:]
-    if len(phases) < 2:
-        least = (warm + 2) * args.collect_steps + step
-        raise InputError(f"--loop-frames {frames} is too few for {script.__name__}: it needs {least}")
     return {"loop_frames_per_second": (len(phases) - 1) * args.collect_steps / (phases[-1] - phases[0])}
 
 
@@ -202,6 +203,10 @@ def main():
     modes = options.modes or (["graph+compile"] if device.type == "cuda" else ["eager"])
     if device.type == "cpu" and any("graph" in mode for mode in modes):
         parser.error("--modes: there are no graphs without CUDA: eager or compile")
+    for name, _, sizes in (CASES[case] for case in options.cases if "loop" in options.parts and options.loop_frames):
+        least = least_frames(importlib.import_module(name).Args(num_envs=options.num_envs, **sizes))
+        if options.loop_frames < least:
+            parser.error(f"--loop-frames {options.loop_frames} is too few for {name}: it needs {least}")
     report = {"command": " ".join(["python", *sys.argv]), "threads": torch.get_num_threads()}
     report |= {**machine(ROOT, os.environ), "rows": []}
     if options.out:
@@ -243,8 +248,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"throughput.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

@@ -882,15 +882,34 @@ def test_the_loops_rate_counts_whole_phases(collect, updates, monkeypatch):
         (["throughput.py", "--out", "/proc/nowhere/x.json"], ["/proc/nowhere/x.json"]),
         (["compare.py", "--rounds", "0"], ["--rounds", "'0'"]),
         (["compare.py", "--cases", "V3"], ["--cases", "'V3'"]),
+        (["throughput.py", "--parts", "loop", "--loop-frames", "5"], ["--loop-frames 5"]),
         (["kill_storm.py", "--script", "nope.py"], ["--script", "nope.py"]),
+        (["kill_storm.py", "--total-steps", "0"], ["--total-steps", "'0'"]),
+        (["seen_objects.py", "--contrast", "nan"], ["--contrast"]),
         (["seen_objects.py", "--", "--env-id", "BoxingNoFrameskip-v4"], ["BoxingNoFrameskip-v4"]),
         (["plot.py", "random", "--env-ids", "nomodule:Foo-v0", "--out", "no.csv"], ["nomodule"]),
         (["gifs.py", "nope.py", "."], ["script", "nope.py"]),
         (["gifs.py", "dreamer_v2_atari.py", "nope"], ["nope"]),
         (["official_world_model.py", "--updates", "0"], ["--updates 0"]),
+        (["official_world_model.py", "--seed", "-1"], ["--seed", "'-1'"]),
         (["official_vectors.py"], ["--out"]),
         (["long_run.py", "--pid", "1", "--run-dir", "nope", "--out", "x.csv"], ["--run-dir nope"]),
     ],
 )
 def test_bad_input_of_the_other_tools_is_one_line(words, told):
     one_line_error(call(*words), *told)
+
+
+def test_long_run_does_not_write_over_the_samples_of_another(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    old = tmp_path / "old.csv"
+    old.write_text("hours\n1.0\n")
+    one_line_error(call("long_run.py", "--pid", "1", "--run-dir", str(tmp_path), "--out", str(old)), "old.csv")
+    assert old.read_text() == "hours\n1.0\n"
+
+
+def test_a_result_that_cannot_take_its_place_is_one_line_and_leaves_no_other_file(tmp_path):
+    with pytest.raises(run.InputError, match="folder"):
+        (tmp_path / "folder").mkdir()
+        run.write(tmp_path / "folder", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
