@@ -28,7 +28,6 @@ import importlib
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from pathlib import Path
 
 import torch
 from official_code import VENV, official_python
-from run import InputError, Parser, machine, whole, write
+from run import InputError, Parser, machine, run_tool, whole, write
 from throughput import ACTIONS, CASES, ROOT, summary
 
 OURS = ("float32", "bfloat16")
@@ -189,12 +188,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        sys.exit(main(sys.argv[1:]))
-    except (InputError, WorkerError) as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        print("compare.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+        run_tool(lambda: main(sys.argv[1:]))
+    except WorkerError as error:
+        sys.exit(f"compare.py: {error}")

@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 from plot import HERE, all_scores, digits, load, read_official, result_files
-from run import InputError, Parser
+from run import InputError, Parser, run_tool
 
 
 def main(argv):
@@ -38,8 +38,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except InputError as error:
-        print(f"gate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(lambda: main(sys.argv[1:]))

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from run import InputError, Parser, frame_count, machine, read_run, read_yaml, replacing, whole, write
+from run import InputError, Parser, frame_count, machine, read_run, read_yaml, replacing, run_tool, whole, write
 
 HERE = Path(__file__).resolve().parent
 RANDOM_COLUMNS = ["env_id", "action_repeat", "mean", "std", "episodes"]
@@ -828,10 +828,10 @@ def show_tables(args):
     print("\n\n".join(tables(args.inputs or result_files(args.results), args.kind, not args.no_iqm)))
 
 
+def main():
+    args = parse(sys.argv[1:])
+    args.function(args)
+
+
 if __name__ == "__main__":
-    arguments = parse(sys.argv[1:])
-    try:
-        arguments.function(arguments)
-    except InputError as error:
-        print(f"plot.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)
