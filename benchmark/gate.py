@@ -3,15 +3,15 @@
     python benchmark/gate.py                             # every CSV in benchmark/results/
     python benchmark/gate.py runs/* benchmark/results/pong.csv
 
-The comparison is made at the frames that all seeds of a task reached; the official range there is interpolated between
-the two neighbouring frame counts that were published. Exit code: 0 none is under, 1 one is, 2 bad input.
+A published figure is a mean over the frames up to its frame count. The last one whose frames all seeds of a task have
+filled is compared with their mean over the same frames. Exit code: 0 none is under, 1 one is, 2 bad input.
 """
 
 import argparse
 import sys
 
 import numpy as np
-from plot import HERE, all_scores, digits, load, read_official, result_files
+from plot import HERE, all_scores, digits, frames_compared, load, read_official, result_files
 from run import InputError, Parser, run_tool
 
 
@@ -25,11 +25,11 @@ def main(argv):
     scores = all_scores(rows, read_official(), args.kind)
     if all(entry.official is None for entry in scores):
         raise InputError("nothing to judge: no finished run of a task and frame count with published scores")
-    lines = [("task", "script", "kind", "seeds", "frames", "ours", "low", "mean", "high", "verdict")]
+    lines = [("task", "script", "kind", "seeds", "over frames", "ours", "low", "mean", "high", "verdict")]
     for entry in scores:
         mean, low, high = map(digits, entry.official) if entry.official else "---"
-        ours = digits(np.mean(list(entry.seeds.values())))
-        group = (entry.group.task, entry.group.script, entry.kind, str(len(entry.seeds)), f"{entry.frames:,}")
+        ours = digits(np.mean(list(entry.there.values()))) if entry.there else "-"
+        group = (entry.group.task, entry.group.script, entry.kind, str(len(entry.seeds)), frames_compared(entry))
         lines.append((*group, ours, low, mean, high, entry.verdict))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:

@@ -6,8 +6,9 @@
     python benchmark/plot.py readme                                            # figures and tables of README.md
     python benchmark/plot.py random --env-ids dmc/walker-walk ALE/Pong-v5      # what a random policy scores
 
-The x axis is in environment frames. Scores of a run are the mean of its returns in the last 5% of the frames that all
-seeds of its group reached. Bad input: one line, exit code 2.
+The x axis is in environment frames. The return of a run is the mean in the last 5% of the frames that all seeds of its
+group reached. A published figure is a mean over the frames up to its frame count, so ours are compared with the last
+one whose frames they fill, by their mean over the same frames. Bad input: one line, exit code 2.
 """
 
 import argparse
@@ -33,6 +34,8 @@ COLUMNS = ["version", "task", "script", "seed", "step", "return", "kind"]
 SCRIPTS = ("dreamer_v1_continuous", "dreamer_v2_atari", "dreamer_v2_continuous")
 OURS, THEIRS, FLOOR = "#d1495b", "#8a8a8a", "#30638e"
 WINDOW = 0.05
+# Over how many frames, up to its frame count, a published figure is a mean, and of which returns (reference/README.md).
+PUBLISHED = {"v1": (100_000, "eval"), "dmc": (30_000, "train"), "atari": (1_000_000, "eval")}
 # Settings in which the seeds of one curve may differ: they change no result, or no more than a seed does.
 FREE = {
     *("env_id", "seed", "exp_name", "total_steps", "config", "resume", "evaluate", "track", "wandb_project_name"),
@@ -59,13 +62,15 @@ class Group(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The runs of one group at the frames that all its seeds reached, beside the official ones at the same frames."""
+    """The runs of one group: at the frames that all its seeds reached, and beside the official ones."""
 
     group: Group
     kind: str
     frames: int
-    seeds: dict  # seed -> return
-    official: tuple | None  # mean, min, max
+    seeds: dict  # seed -> return in the last 5% of these frames
+    span: tuple | None  # the frames compared: after the first, up to the last
+    there: dict  # seed -> mean return over the span
+    official: tuple | None  # mean, min, max over the span
     verdict: str
 
 
@@ -309,8 +314,13 @@ def claim(rows, source, sources):
     return rows
 
 
+def published(group):
+    """Over how many frames each official figure of these runs is a mean, and of which returns."""
+    return PUBLISHED.get("v1" if group.version == "v1" else group.task.partition("_")[0], (None, "eval"))
+
+
 def by_group(rows, kind="auto"):
-    """{group: (kind, {seed: (steps, returns)})}; auto: evaluations where every seed has some, else training."""
+    """{group: (kind, {seed: (steps, returns)})}; auto: the kind of the official curve if every seed has it."""
     groups = defaultdict(lambda: {"eval": defaultdict(list), "train": defaultdict(list)})
     for row in rows:
         groups[Group(row.version, row.task, row.script)][row.kind][row.seed].append((row.step, row.value))
@@ -318,17 +328,23 @@ def by_group(rows, kind="auto"):
     for group, kinds in sorted(groups.items()):
         use = kind
         if kind == "auto":
-            use = "eval" if kinds["eval"] and set(kinds["eval"]) >= set(kinds["train"]) else "train"
+            use, other = ("eval", "train") if published(group)[1] == "eval" else ("train", "eval")
+            use = use if kinds[use] and set(kinds[use]) >= set(kinds[other]) else other
         if kinds[use]:
             out[group] = use, {seed: np.array(sorted(points)).T for seed, points in sorted(kinds[use].items())}
     return out
 
 
-def official_at(curve, frames):
-    """(mean, min, max) between the neighbouring frame counts; past the last one, that one; before the first, None."""
-    if curve is None or frames < (1 - WINDOW) * curve[0][0]:  # the last episode ends a little before the run
-        return None
-    return tuple(float(np.interp(frames, curve[0], values)) for values in curve[1:])
+def official_over(curve, width, frames):
+    """The last published figure whose frames a run fills: ((first, last), (mean, min, max)); None, None if none."""
+    if curve is None or width is None:
+        return None, None
+    # The last episode ends a little before the run. V1's curves begin with one evaluation, which is no mean.
+    (filled,) = np.nonzero((curve[0] >= width) & ((1 - WINDOW) * curve[0] <= frames))
+    if not len(filled):
+        return None, None
+    last, *values = curve[:, filled[-1]].tolist()
+    return (last - width, last), tuple(values)
 
 
 def score(group, kind, seeds, official):
@@ -340,11 +356,14 @@ def score(group, kind, seeds, official):
             raise InputError(f"{runs}: another seed ends at frame {frames:,}, before seed {seed} has any return")
         last = returns[(steps > (1 - WINDOW) * frames) & (steps <= frames)]
         values[seed] = float(last.mean() if len(last) else np.interp(frames, steps, returns))
-    reference, verdict = official_at(official.get(group[:2]), frames), "no reference"
-    if reference:
-        mean = np.mean(list(values.values()))
-        verdict = "under" if mean < reference[1] else "above" if mean > reference[2] else "inside"
-    return Score(group, kind, frames, values, reference, verdict)
+    span, reference = official_over(official.get(group[:2]), published(group)[0], frames)
+    inside = {s: returns[(span[0] < steps) & (steps <= span[1])] for s, (steps, returns) in seeds.items() if span}
+    if not span or not all(map(len, inside.values())):
+        return Score(group, kind, frames, values, None, {}, None, "no reference")
+    there = {seed: float(returns.mean()) for seed, returns in inside.items()}
+    mean = np.mean(list(there.values()))
+    verdict = "under" if mean < reference[1] else "above" if mean > reference[2] else "inside"
+    return Score(group, kind, frames, values, span, there, reference, verdict)
 
 
 def all_scores(rows, official, kind="auto"):
@@ -485,6 +504,16 @@ def mean_and_range(seeds, points=60):
     return edges, np.mean(curves, 0), np.min(curves, 0), np.max(curves, 0)
 
 
+def official_curve(curve, width, right):
+    """Frames, mean, lowest and highest seed up to the frame `right`, each figure in the middle of its frames."""
+    ends = curve[0]
+    middle = np.where(ends < width, ends, ends - width / 2)  # V1's first is one evaluation
+    # Cut at the right edge: what lies beyond it would still stretch the y axis.
+    edge = [right] if middle[0] <= right < middle[-1] else []
+    frames = np.r_[middle[middle < right], edge]
+    return frames, *(np.interp(frames, middle, values) for values in curve[1:])
+
+
 def legend_below(figure, columns):
     handles = {}
     for axis in figure.axes:
@@ -507,11 +536,7 @@ def draw_curves(script, groups, official, floors, repeats, out, full=False):
         right = 1.05 * max(steps[-1] for steps, _ in seeds.values())
         if reference is not None:
             right = max(right, reference[0][-1]) if full else right
-            # Cut at the right edge: what lies beyond it would still stretch the y axis.
-            shown = reference[:, reference[0] < right]
-            if reference[0][0] <= right < reference[0][-1]:
-                shown = np.c_[shown, [right, *official_at(reference, right)]]
-            frames, mean, low, high = shown
+            frames, mean, low, high = official_curve(reference, published(group)[0], right)
             axis.fill_between(frames / 1e6, low, high, color=THEIRS, alpha=0.2, linewidth=0)
             axis.plot(frames / 1e6, mean, color=THEIRS, linewidth=1.5, label="official: mean and range")
         if (floor := floor_of(group, floors, repeats)[1]) is not None:
@@ -539,18 +564,24 @@ def draw_curves(script, groups, official, floors, repeats, out, full=False):
 
 
 def human_normalised(scores):
-    """[(score, ours per seed, official mean or None)], 0 a random policy and 1 a human player, for the Atari games."""
+    """[(score, ours per seed, ours per seed over the span, official mean there or None)] for the Atari games.
+
+    0 is a random policy, 1 a human player.
+    """
     known, out = read_normalizers(), []
     for entry in scores:
         floor, human = known.get(entry.group.task, (math.nan,) * 2)
         if not math.isnan(human):
-            ours = [(value - floor) / (human - floor) for value in entry.seeds.values()]
-            out.append((entry, ours, entry.official and (entry.official[0] - floor) / (human - floor)))
+            means = entry.official[:1] if entry.official else ()
+            values = entry.seeds.values(), entry.there.values(), means
+            ours, there, official = ([(value - floor) / (human - floor) for value in some] for some in values)
+            out.append((entry, ours, there, official[0] if official else None))
     return out
 
 
 def draw_atari(scores, out):
-    entries = human_normalised(scores)
+    # Each game over the frames compared, or, where there are none, at the end.
+    entries = [(entry, there or ours, theirs) for entry, ours, there, theirs in human_normalised(scores)]
     if not entries:
         return None
     plt = pyplot()
@@ -560,7 +591,7 @@ def draw_atari(scores, out):
         axis.barh(y, np.mean(ours), 0.6, color=OURS, alpha=0.7, label="ours: mean of the seeds")
         axis.plot(ours, [y] * len(ours), "o", color="#5c1420", markersize=3, label="ours: each seed")
         if theirs is not None:
-            axis.plot([theirs] * 2, [y - 0.4, y + 0.4], color="#444444", linewidth=2, label="official, same frames")
+            axis.plot([theirs] * 2, [y - 0.4, y + 0.4], color="#444444", linewidth=2, label="official, these frames")
     axis.axvline(1, color=FLOOR, linewidth=1, linestyle=":", label="human player")
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_xscale("symlog", linthresh=1)  # games differ by factors of a hundred
@@ -570,7 +601,8 @@ def draw_atari(scores, out):
     axis.set_xlim(min(-0.02, 1.1 * min(values)), max(1.1, 1.1 * max(values)))
     axis.set_ylim(-0.7, len(entries) - 0.3)
     axis.grid(axis="y", visible=False)
-    names = [f"{e.group.task.removeprefix('atari_')}, {e.frames / 1e6:.3g}M" for e, *_ in entries]
+    frames = [" to ".join(f"{frame / 1e6:.3g}" for frame in e.span or [e.frames]) for e, *_ in entries]
+    names = [f"{e.group.task.removeprefix('atari_')}, {f}M" for f, (e, *_) in zip(frames, entries, strict=True)]
     several = len({e.group.script for e, *_ in entries}) > 1
     names = [f"{n} ({e.group.script})" if several else n for n, (e, *_) in zip(names, entries, strict=True)]
     axis.set_yticks(range(len(entries)), names)
@@ -582,7 +614,7 @@ def draw_atari(scores, out):
 def aggregate(scores):
     """[(script, suite, tasks, seeds, IQM, low, high)] where tasks of three seeds and more have values for quartiles."""
     suites = defaultdict(list)
-    for entry, ours, _ in human_normalised(scores):
+    for entry, ours, *_ in human_normalised(scores):
         suites[entry.group.script, "Atari, human-normalised"].append(ours)
     for entry in scores:
         if entry.group.task.startswith("dmc_"):
@@ -624,6 +656,14 @@ def spread(mean, low, high):
     return f"{digits(mean)} ({digits(low)} to {digits(high)})"
 
 
+def of_seeds(values):
+    return spread(np.mean(values), min(values), max(values)) if len(values) > 1 else digits(values[0])
+
+
+def frames_compared(entry):
+    return "{:,.0f} to {:,.0f}".format(*entry.span) if entry.span else "-"
+
+
 def tables(paths, kind, with_iqm=True):
     scores, floors, repeats = all_scores(load(paths), read_official(), kind), read_floors(), read_repeats(paths)
     if not scores:
@@ -631,20 +671,23 @@ def tables(paths, kind, with_iqm=True):
     lines = []
     for entry in scores:
         values, (repeat, floor) = list(entry.seeds.values()), floor_of(entry.group, floors, repeats)
+        there = list(entry.there.values())
         lines.append([
             entry.group.task, entry.group.script, str(repeat), str(len(values)), entry.kind, f"{entry.frames:,}",
-            spread(np.mean(values), min(values), max(values)) if len(values) > 1 else digits(values[0]),
-            spread(*entry.official) if entry.official else "-", entry.verdict,
-            "-" if floor is None else digits(floor),
+            of_seeds(values), "-" if floor is None else digits(floor), frames_compared(entry),
+            of_seeds(there) if there else "-", spread(*entry.official) if entry.official else "-", entry.verdict,
         ])  # fmt: skip
-    header = ["task", "script", "action repeat", "seeds", "kind", "frames", "return: mean (range)"]
-    parts = [markdown([*header, "official: mean (range)", "against official", "random policy"], lines)]
+    header = ["task", "script", "action repeat", "seeds", "kind", "frames", "return: mean (range)", "random policy"]
+    header += ["compared over frames", "ours there", "official there", "against official"]
+    parts = [markdown(header, lines)]
     if atari := human_normalised(scores):
-        lines = [
-            [e.group.task, e.group.script, f"{e.frames:,}", f"{np.mean(ours):.2f}", "-" if o is None else f"{o:.2f}"]
-            for e, ours, o in atari
-        ]
-        parts.append(markdown(["game", "script", "frames", "human-normalised", "official, same frames"], lines))
+        lines = []
+        for entry, ours, there, official in atari:
+            values = (f"{np.mean(there):.2f}", f"{official:.2f}") if there else "--"
+            cells = entry.group.task, entry.group.script, f"{entry.frames:,}", f"{np.mean(ours):.2f}"
+            lines.append([*cells, frames_compared(entry), *values])
+        header = ["game", "script", "frames", "human-normalised", *header[-4:-1]]
+        parts.append(markdown(header, lines))
     if with_iqm and (groups := aggregate(scores)):
         lines = [[s, suite, tasks, str(n), f"{m:.3f} ({a:.3f} to {b:.3f})"] for s, suite, tasks, n, m, a, b in groups]
         header = ["script", "suite", "tasks", "seeds", "interquartile mean (95% bootstrap interval)"]

@@ -515,34 +515,64 @@ def test_a_seed_that_starts_after_the_others_end_is_refused():
         plot.score(plot.Group("v2", "t", "s"), "eval", seeds, {})
 
 
-def test_evaluations_count_only_where_every_seed_has_some():
+def test_the_kind_of_the_official_curve_counts_only_where_every_seed_has_it():
     rows = [plot.Row("v2", "t", "s", seed, 10, 1.0, "train") for seed in (1, 2)]
     rows += [plot.Row("v2", "t", "s", 1, 10, 5.0, "eval")]
     group = plot.Group("v2", "t", "s")
     assert plot.by_group(rows)[group][0] == "train"
-    assert plot.by_group([*rows, plot.Row("v2", "t", "s", 2, 10, 6.0, "eval")])[group][0] == "eval"
+    both = [*rows, plot.Row("v2", "t", "s", 2, 10, 6.0, "eval")]
+    assert plot.by_group(both)[group][0] == "eval"
     assert plot.by_group(rows, "eval")[group][1].keys() == {1}
+    # V2's on the Control Suite are of training episodes, V1's of evaluations.
+    for version, kind in (("v2", "train"), ("v1", "eval")):
+        of_task = [row._replace(version=version, task="dmc_walker_walk") for row in both]
+        assert [use for use, _ in plot.by_group(of_task).values()] == [kind]
 
 
-def test_official_range_between_two_frame_counts():
-    curve = np.array([[100, 200], [5, 20], [0, 10], [10, 30]], float)
-    assert plot.official_at(curve, 150) == (12.5, 5.0, 20.0)
-    assert plot.official_at(curve, 175) == (16.25, 7.5, 25.0)
-    assert plot.official_at(curve, 900) == (20.0, 10.0, 30.0)
-    assert plot.official_at(curve, 95) == (5.0, 0.0, 10.0), "the last episode ends before the run"
-    assert plot.official_at(curve, 94) is None
+def test_the_official_figure_is_the_last_one_whose_frames_are_filled():
+    curve = np.array([[5, 105, 205], [1, 5, 20], [1, 0, 10], [1, 10, 30]], float)
+    assert plot.official_over(curve, 100, 150) == ((5.0, 105.0), (5.0, 0.0, 10.0))
+    assert plot.official_over(curve, 100, 900) == ((105.0, 205.0), (20.0, 10.0, 30.0))
+    assert plot.official_over(curve, 100, 100)[0] == (5.0, 105.0), "the last episode ends before the run"
+    assert plot.official_over(curve, 100, 99) == (None, None), "the first is one evaluation, no mean over 100 frames"
+    assert plot.official_over(None, 100, 900) == plot.official_over(curve, None, 900) == (None, None)
+
+
+def test_official_figures_are_drawn_in_the_middle_of_their_frames():
+    curve = np.array([[5, 105, 205], [1, 5, 20], [1, 0, 10], [1, 10, 30]], float)
+    frames, mean, low, high = plot.official_curve(curve, 100, 105)
+    assert frames.tolist() == [5, 55, 105]
+    assert mean.tolist() == [1, 5, 12.5] and low.tolist() == [1, 0, 5] and high.tolist() == [1, 10, 20]
+    assert plot.official_curve(curve, 100, 900)[0].tolist() == [5, 55, 155]
+    assert not plot.official_curve(curve[:, 1:], 100, 50)[0].size
+
+
+def test_ours_are_compared_by_the_mean_over_the_same_frames():
+    steps = np.array([30_000.0, 30_001.0, 45_000.0, 60_000.0, 61_000.0])
+    official = {("v2", "dmc_walker_walk"): np.array([[30_000, 60_000], [9, 2.5], [9, 1], [9, 3]], float)}
+    seeds = {1: (steps, np.array([50.0, 1.0, 2.0, 3.0, 90.0])), 2: (steps, np.array([50.0, 3.0, 4.0, 5.0, 90.0]))}
+    entry = plot.score(plot.Group("v2", "dmc_walker_walk", "s"), "train", seeds, official)
+    assert entry.span == (30_000, 60_000) and entry.there == {1: 2.0, 2: 4.0} and entry.verdict == "inside"
+    assert entry.frames == 61_000 and entry.seeds == {1: 46.5, 2: 47.5} and entry.official == (2.5, 1.0, 3.0)
+    seeds[2] = np.array([30_000.0, 61_000.0]), np.ones(2)
+    assert plot.score(plot.Group("v2", "dmc_walker_walk", "s"), "train", seeds, official).verdict == "no reference"
 
 
 def test_human_normalised_score():
     # Pong: random -20.7, human 14.6, so -3.05 is half way. Breakout: random 1.7, human 30.5.
     scores = [
-        plot.Score(plot.Group("v2", "atari_pong", "s"), "train", 10, {1: -3.05, 2: 14.6}, (14.6, 0, 0), "inside"),
-        plot.Score(plot.Group("v2", "atari_breakout", "s"), "train", 10, {1: 59.3}, None, "no reference"),
-        plot.Score(plot.Group("v2", "dmc_walker_walk", "s"), "train", 10, {1: 59.3}, None, "no reference"),
+        plot.Score(
+            *(plot.Group("v2", "atari_pong", "s"), "train", 10, {1: -3.05, 2: 14.6}, (0, 9)),
+            *({1: -20.7, 2: -3.05}, (14.6, 0, 0), "inside"),
+        ),
+        *(
+            plot.Score(plot.Group("v2", task, "s"), "train", 10, {1: 59.3}, None, {}, None, "no reference")
+            for task in ("atari_breakout", "dmc_walker_walk")
+        ),
     ]
-    (_, pong, official), (_, breakout, none) = plot.human_normalised(scores)
-    assert pong == pytest.approx([0.5, 1.0]) and official == pytest.approx(1.0)
-    assert breakout == pytest.approx([2.0]) and none is None
+    (_, pong, there, official), (_, breakout, *nothing) = plot.human_normalised(scores)
+    assert pong == pytest.approx([0.5, 1.0]) and there == pytest.approx([0, 0.5]) and official == pytest.approx(1.0)
+    assert breakout == pytest.approx([2.0]) and nothing == [[], None]
 
 
 def rliable_missing():
@@ -572,7 +602,7 @@ def test_a_task_with_one_seed_leaves_the_interquartile_mean_of_the_others():
     rows = [(f"dmc_{task}", seed) for task in "abc" for seed in ((1,) if task == "c" else (1, 2, 3))]
     group = {task: plot.Group("v1", task, "s") for task, _ in rows}
     values = {task: {seed: 100.0 * seed for t, seed in rows if t == task} for task in group}
-    scores = [plot.Score(group[task], "eval", 1000, values[task], None, "-") for task in group]
+    scores = [plot.Score(group[task], "eval", 1000, values[task], None, {}, None, "-") for task in group]
     ((script, suite, tasks, seeds, mean, low, high),) = plot.aggregate(scores)
     assert (script, tasks, seeds) == ("s", "2 of 3", 3) and mean == pytest.approx(0.2)
 
@@ -585,24 +615,25 @@ def test_without_rliable_the_error_is_one_line(tmp_path):
 
 # GATE
 
-# Official DreamerV1, walker walk: seeds from 81.35 to 232.72 at 105,000 frames and from 406.76 to 592.08 at 205,000.
-# Half way between, at 155,000, the range is 244.055 to 412.4.
-HALF_WAY = 155_000
+# Official DreamerV1, walker walk: seeds from 406.76 to 592.08 over the frames 105,001 to 205,000.
+FILLED = 205_000
 
 
 @pytest.mark.parametrize(
     ("value", "verdict", "code"),
-    [(244.0, "under", 1), (244.1, "inside", 0), (412.3, "inside", 0), (412.5, "above", 0)],
+    [(406.7, "under", 1), (406.8, "inside", 0), (592.0, "inside", 0), (592.1, "above", 0)],
 )
-def test_gate_at_interpolated_frames(tmp_path, value, verdict, code):
+def test_gate_over_the_same_frames(tmp_path, value, verdict, code):
     rows = [
-        ("v1", "dmc_walker_walk", "dreamer_v1_continuous", seed, HALF_WAY, value + offset, "eval")
+        ("v1", "dmc_walker_walk", "dreamer_v1_continuous", seed, step, returned, "eval")
         for seed, offset in ((1, -50), (2, 50))
+        for step, returned in ((105_000, 0.0), (155_000, value - 9), (FILLED, value + 9 + 2 * offset), (210_000, 999.0))
     ]
     result = call("gate.py", write_csv(tmp_path / "x.csv", rows))
     assert result.returncode == code, result.stderr
     line = result.stdout.splitlines()[1].split()
-    assert line[2:5] == ["eval", "2", "155,000"] and line[6] == "244.1" and line[8:] == ["412.4", verdict]
+    assert line[2:7] == ["eval", "2", "105,000", "to", "205,000"]
+    assert line[7:9] == [str(value), "406.8"] and line[10:] == ["592.1", verdict]
 
 
 def test_gate_judges_finished_run_folders_only(tmp_path):
@@ -626,7 +657,7 @@ def test_gate_judges_finished_run_folders_only(tmp_path):
 
 def test_gate_one_task_under_among_others_fails(tmp_path):
     rows = [
-        ("v1", "dmc_walker_walk", "dreamer_v1_continuous", 1, HALF_WAY, 300.0, "eval"),
+        ("v1", "dmc_walker_walk", "dreamer_v1_continuous", 1, FILLED, 500.0, "eval"),
         ("v2", "atari_pong", "dreamer_v2_atari", 1, 2_000_000, -20.9, "train"),
         ("v2", "CartPole-v1", "dreamer_v2_atari", 1, 2_000_000, 500.0, "train"),
     ]
@@ -715,7 +746,19 @@ def test_readme_round_trip(tmp_path):
     pong = next(line for line in lines if line[0] == "atari_pong" and line[3] == "3")
     assert pong[1:6] == ["dreamer_v2_atari", "4", "3", "train", "4,000,000"]
     assert float(pong[6].split()[0]) == pytest.approx(np.mean(last), abs=0.06)
-    assert pong[7] == "7.3 (1.1 to 15.7)" and pong[8] == "above"
+    there = [
+        np.mean(
+            [
+                float(row["return"])
+                for row in csv.DictReader((results / "atari.csv").open())
+                if (row["task"], row["seed"]) == ("atari_pong", seed) and 3_000_000 < int(row["step"]) <= 4_000_000
+            ]
+        )
+        for seed in "123"
+    ]
+    assert pong[8:] == [
+        "3,000,000 to 4,000,000", plot.spread(np.mean(there), min(there), max(there)), "7.3 (1.1 to 15.7)", "above",
+    ]  # fmt: skip
     assert [line[2:] for line in lines if line[0] == "atari.csv"][0][1:] == ["one NVIDIA X", "abc123", "`make atari`"]
     names = ["curves_dreamer_v2_atari", "curves_dreamer_v2_continuous", "atari_human_normalised"]
     first = {}

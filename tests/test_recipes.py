@@ -117,7 +117,7 @@ PAPERS = {
     },
 }
 
-# The same at 0216d33, but for its evaluations.
+# The settings at 0216d33, but for its evaluations.
 PAPERS["v2_atari_curves.yaml"] = PAPERS["v2_atari_paper.yaml"] | {"batch_size": 50, "full_action_space": True}
 PAPERS["v2_atari_curves.yaml"] |= {"eval_every": 500_000, "eval_episodes": 5}
 
