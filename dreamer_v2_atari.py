@@ -374,7 +374,7 @@ class Atari(gym.vector.VectorWrapper):
             repeat_action_probability=0.25 if args.sticky_actions else 0.0,
             full_action_space=args.full_action_space,
             max_num_frames_per_episode=108_000,
-            noop_max=30,
+            noop_max=31,  # 0 to 30
             reward_clipping=False,
             use_fire_reset=False,
         )

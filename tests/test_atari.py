@@ -73,7 +73,7 @@ def test_frames_are_the_area_resized_maximum_of_the_last_two_of_the_repeated_one
     image, info = envs.reset(seed=3)
     assert image.shape == (1, 1, 64, 64) and image.dtype == np.uint8
     noops = info["episode_frame_number"][0]
-    assert 0 < noops <= 30
+    assert 0 < noops <= 30  # some, under this seed
     reference, rng, size = Reference(game, noops), np.random.default_rng(0), envs.single_action_space.n
     assert np.array_equal(image[0, 0], reference.frame())
     for _ in range(60):
@@ -104,8 +104,7 @@ def test_episodes_end_with_the_game_and_the_next_row_is_a_reset_without_reward()
 
 def test_episodes_start_after_up_to_30_no_ops_drawn_by_the_seed():
     envs = make("atari/pong")
-    noops = [envs.reset(seed=seed)[1]["episode_frame_number"][0] for seed in range(24)]
-    assert max(noops) <= 30 and len(set(noops)) > 10
+    assert {envs.reset(seed=seed)[1]["episode_frame_number"][0] for seed in range(300)} == set(range(31))
     envs.close()
 
 
