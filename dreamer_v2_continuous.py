@@ -43,6 +43,7 @@ import gc
 import importlib
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -70,6 +71,7 @@ import torch.nn.functional as F
 import tyro
 import yaml
 from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -233,14 +235,15 @@ def load_config(path: Path) -> Args:
         raise UserError(f"cannot read the configuration {path}: {str(error)[:200]}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no `flag: value` lines")
-    fields = {field.name: field.type for field in dataclasses.fields(Args)}
+    kinds = {field.name: field.type for field in dataclasses.fields(Args)}
     for key, value in values.items():
-        if key not in fields:
+        if key not in kinds:
             raise UserError(f"unknown key {key!r} in {path} (another script's?); `--help` lists the flags")
-        kind = fields[key]
+        kind = kinds[key]
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
         try:
-            if get_origin(kind) is Literal:
-                valid = value in get_args(kind)
+            if choices:
+                valid = value in choices
             elif kind in (int, float):
                 number = float("nan" if isinstance(value, bool) else value)
                 values[key] = kind(number)
@@ -250,8 +253,8 @@ def load_config(path: Path) -> Args:
         except (TypeError, ValueError, OverflowError):
             valid = False
         if not valid:
-            choices = " or ".join(get_args(kind)) if get_origin(kind) is Literal else getattr(kind, "__name__", kind)
-            raise UserError(f"{key}: {reprlib.repr(value)} in {path} is not valid: give {choices}")
+            wanted = " or ".join(choices) or getattr(kind, "__name__", kind)
+            raise UserError(f"{key}: {reprlib.repr(value)} in {path} is not valid: give {wanted}")
     return Args(**values)
 
 
@@ -357,7 +360,7 @@ class DeepMindControl(gym.Env):
     metadata = {"render_modes": ["rgb_array"]}
     render_mode = "rgb_array"
 
-    def __init__(self, name: str, seed: int | None = None):
+    def __init__(self, name: str, seed: int):
         from dm_control import suite
 
         domain, _, task = name.removesuffix("-v0").partition("-")
@@ -369,8 +372,7 @@ class DeepMindControl(gym.Env):
         self.env.physics.model.vis.global_.offwidth = self.env.physics.model.vis.global_.offheight = 64
         self.camera, self.camera_id = None, 2 if domain == "quadruped" else 0
         spec = self.env.action_spec()
-        low, high = (np.broadcast_to(bound, spec.shape).astype(np.float32) for bound in (spec.minimum, spec.maximum))
-        self.action_space = gym.spaces.Box(low, high)
+        self.action_space = gym.spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
         self.observation_space = gym.spaces.Box(0, 1, (0,))  # the state is not used, only pixels are
 
     def reset(self, seed: int | None = None, options: dict | None = None):
@@ -392,21 +394,18 @@ class DeepMindControl(gym.Env):
         return self.camera.render().copy()  # it writes every image to the same place
 
 
-def plain_errors(method: Callable) -> Callable:
+@contextlib.contextmanager
+def plain_errors():
     """An environment may not end the script; and what it raises in a worker might not be picklable."""
-
-    def wrapped(*args, **kwargs):
-        try:
-            return method(*args, **kwargs)
-        except SystemExit as stop:
-            raise RuntimeError(f"it called sys.exit({stop.code})") from None
-        except Exception as error:  # whatever an environment raises
-            if multiprocessing.parent_process() is None:
-                raise
-            kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
-            raise RuntimeError(f"{kind}{error}") from None
-
-    return wrapped
+    try:
+        yield
+    except SystemExit as stop:
+        raise RuntimeError(f"it called sys.exit({stop.code})") from None
+    except Exception as error:  # whatever an environment raises
+        if multiprocessing.parent_process() is None:
+            raise
+        kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
+        raise RuntimeError(f"{kind}{error}") from None
 
 
 class Pixels(gym.Wrapper):
@@ -422,15 +421,15 @@ class Pixels(gym.Wrapper):
             raise UserError("render() gives no uint8 image (H, W, 3): the environment needs render_mode='rgb_array'")
         return cv2.resize(frame, (64, 64), interpolation=cv2.INTER_AREA).transpose(2, 0, 1)
 
-    @plain_errors
     def reset(self, **kwargs):
-        self.env.reset(**kwargs)
-        return self.pixels(), {}
+        with plain_errors():
+            self.env.reset(**kwargs)
+            return self.pixels(), {}
 
-    @plain_errors
     def step(self, action):
-        _, reward, terminated, truncated, _ = self.env.step(action)
-        return self.pixels(), reward, terminated, truncated, {}
+        with plain_errors():
+            _, reward, terminated, truncated, _ = self.env.step(action)
+            return self.pixels(), reward, terminated, truncated, {}
 
 
 def make_env(args: Args) -> gym.Env:
@@ -557,7 +556,7 @@ def step_envs(envs: gym.vector.VectorEnv, action: np.ndarray, timeout: float = 0
 
 
 def sample_normal(mean: Tensor, std: Tensor) -> Tensor:
-    """A reparameterised draw. All latents are drawn here, so that a test can put recorded draws in their place."""
+    """A reparameterised draw. A function of its own, so that a test can put recorded draws in its place."""
     return mean + std * torch.randn_like(mean)
 
 
@@ -840,9 +839,9 @@ class SubPixelConvTranspose(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight = (saved.to(grad.dtype) for saved in ctx.saved_tensors)
         for_x, for_weight, _ = ctx.needs_input_grad
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            *(grad, x, weight, None, [2, 2], [0, 0], [1, 1], True, [0, 0], 1), (for_x, for_weight, False)
-        )
+        how = (None, [2, 2], [0, 0], [1, 1], True, [0, 0], 1)  # stride 2, transposed; no padding, dilation or groups
+        wanted = (for_x, for_weight, False)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, *how, wanted)
         return grad_x, grad_weight, grad.sum((0, 2, 3))  # oneDNN's own sum takes up to two thirds of the time
 
 
@@ -966,7 +965,7 @@ class RSSM(nn.Module):
         return State(logit, sample_onehot(logit), deter)
 
     def observe_span(self, state: State, action: Tensor, projected: Tensor, is_first: Tensor) -> State:
-        """The posterior states of some steps, (T, B, ...): what is compiled as one on CUDA."""
+        """The posterior states of some steps, (T, B, ...): what is compiled as one."""
         states = []
         for step in zip(action, projected, is_first, strict=True):
             state = self.observe_step(state.stoch, state.deter, *step)
@@ -1247,6 +1246,12 @@ def critic_loss(value: nn.Module, feat: Tensor, target: Tensor, weight: Tensor) 
 # AGENT
 
 
+def autocast(args: Args, device: torch.device) -> torch.autocast:
+    """The networks' precision; losses, KL, latents and optimizer state are float32 in either."""
+    bfloat16 = args.precision == "bfloat16" or (args.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+
+
 class WorldModel(nn.Module):
     """Encoder, RSSM, decoder, reward head and, with `pred_discount`, discount head."""
 
@@ -1306,7 +1311,7 @@ class Dreamer(nn.Module):
     def summary(self) -> str:
         """A line for each part: name and number of trained values."""
         parts = dict(self.world_model.named_children()) | {"actor": self.actor, "value": self.value}
-        rows = [(name, sum(p.numel() for p in part.parameters())) for name, part in parts.items() if part is not None]
+        rows = [(name, sum(p.numel() for p in part.parameters())) for name, part in parts.items()]
         return "\n".join(f"{name:<10}{count:>12,}" for name, count in [*rows, ("total", self.parameter_count())])
 
     def initial_state(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -1332,12 +1337,6 @@ class Dreamer(nn.Module):
         if noise:
             action = sample_normal(action, torch.full_like(action, noise)).clamp(-1, 1)
         return action, (latent.stoch, latent.deter, action)
-
-
-def autocast(args: Args, device: torch.device) -> torch.autocast:
-    """The networks' precision; losses, KL, latents and optimizer state are float32 in either."""
-    bfloat16 = args.precision == "bfloat16" or (args.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
 def fast_policy(agent: Dreamer, num_envs: int, noise: float = 0.0, mode: bool = False) -> Callable:
@@ -1369,8 +1368,8 @@ class Learner:
     """An agent with its three optimizers. Calling it with a batch does one update of everything and returns metrics.
 
     Shapes are static and nothing waits for the device, so on CUDA the whole update is one graph. A call only starts it,
-    on a stream of its own. Until the next call `acting` has the weights from before it, so that acting need not wait;
-    what needs the new ones, or the metrics, calls `wait` first.
+    on a stream of its own; there, until the next call, `acting` has the weights from before it, so that acting need not
+    wait, and what needs the new ones, or the metrics, calls `wait` first.
     """
 
     def __init__(self, agent: Dreamer, args: Args, device: torch.device):
@@ -1454,8 +1453,7 @@ class Learner:
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One step of the world model (section 2.1), the actor and the critic (section 2.2)."""
         agent, model, args = self.agent, self.agent.world_model, self.args
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+        agent.zero_grad()
 
         # DYNAMICS LEARNING
         with autocast(args, self.device):
@@ -1487,13 +1485,14 @@ class Learner:
         """One step at the clipped gradient of `loss`; if either is not finite, none, without waiting for the device."""
         optimizer = self.optimizers[name]
         parameters = optimizer.param_groups[0]["params"]
-        norm = nn.utils.clip_grad_norm_(parameters, self.args.grad_clip)
-        bad = (~(norm.isfinite() & loss.isfinite())).float()
-        optimizer.grad_scale, optimizer.found_inf = None, bad  # the fused Adam leaves everything as it was if found_inf
+        grad_norm = nn.utils.clip_grad_norm_(parameters, self.args.grad_clip)
+        bad = (~(grad_norm.isfinite() & loss.isfinite())).float()
+        optimizer.found_inf = bad  # where it is 1 the fused Adam leaves everything as it was
         optimizer.step()
         row, total = self.skipped[name]
-        self.skipped[name].copy_(torch.stack([(row + bad) * bad, total + bad]))
-        return {f"grad_norm/{name}": norm, f"skipped/{name}": self.skipped[name][1].clone()}
+        row, total = (row + bad) * bad, total + bad
+        self.skipped[name].copy_(torch.stack([row, total]))
+        return {f"grad_norm/{name}": grad_norm, f"skipped/{name}": total}
 
     def check_finite(self, metrics: dict[str, Tensor]) -> None:
         """Raises `UserError` after 10 skipped steps in a row. Waits for the device."""
@@ -1558,7 +1557,7 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any]:
                 raise ValueError(f"wrong checksum in {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        raise UserError(f"cannot read the checkpoint {path}: {' '.join(str(error).split())[:120]}") from None
+        raise UserError(f"cannot read the checkpoint {path}: {str(error)[:120]}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of {Path(__file__).name} ({FORMAT})")
     return checkpoint
@@ -1650,14 +1649,13 @@ class Logger:
 
         `add_video` writes nothing with current moviepy releases, a GIF summary does.
         """
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         _, height, width, _ = frames.shape
-        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif(frames))
+        data = gif(frames)
+        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
         try:
             if path:
                 path.parent.mkdir(exist_ok=True)
-                write_file(path, picture.encoded_image_string)
+                write_file(path, data)
             self.events().file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
         except OSError as error:
             self.close()
@@ -1700,15 +1698,15 @@ def diagnose(values: dict[str, float], image_errors: list[float], args: Args) ->
 
 
 @torch.no_grad()
-def open_loop(agent: Dreamer, batch: Batch, context: int = 5) -> tuple[np.ndarray, float, float]:
-    """Observes `context` frames of up to six sequences, then imagines the rest with the actions that were taken.
+def open_loop(agent: Dreamer, batch: Batch) -> tuple[np.ndarray, float, float]:
+    """Observes five frames of up to six sequences, then imagines the rest with the actions that were taken.
 
     Returns a video (T, 3 * 64, n * 64, 3) uint8 with rows truth, model and error, and the mean squared image error of
     the imagined frames up to the next episode, and of the same frames when they are observed.
     """
     batch = Batch(*(field[:, :6] for field in batch))
     model, (T, n) = agent.world_model, batch.reward.shape
-    context = min(context, T - 1)
+    context = min(5, T - 1)
     truth = batch.image.float() / 255  # (T, n, C, 64, 64)
     with autocast(agent.args, truth.device):
         embed = model.encoder(truth.flatten(0, 1) - 0.5).unflatten(0, (T, n))
@@ -1782,7 +1780,8 @@ class SturdyEnvs:
     def __init__(self, args: Args, counters: Counters, logger: Logger):
         self.args, self.counters, self.logger = args, counters, logger
         self.sizes = group_sizes(args)  # a group breaks alone
-        self.groups, self.faults, self.fault_frames = ([x] * len(self.sizes) for x in (None, 0, 0))
+        self.groups = [None] * len(self.sizes)
+        self.faults, self.fault_frames = [0] * len(self.sizes), [0] * len(self.sizes)  # in a row; the last one's frame
 
     def reset(self, seed: int) -> np.ndarray:
         """Starts everything; returns images (N, C, 64, 64)."""
@@ -1798,7 +1797,7 @@ class SturdyEnvs:
             try:
                 envs = self.groups[group] = make_envs(self.args, self.sizes[group], workers)
                 return reset_envs(envs, seed + group + self.faults[group], self.args.env_timeout)
-            except Exception as error:  # whatever an environment raises
+            except (Exception, SystemExit) as error:  # whatever an environment raises
                 self.broke(group, error)
 
     def step(self, action: np.ndarray):
@@ -1812,8 +1811,9 @@ class SturdyEnvs:
         for group, part in enumerate(parts):
             nothing = np.zeros(self.sizes[group], bool)
             try:
-                rows.append((*step_envs(self.groups[group], part, self.args.env_timeout), nothing))
-                if rows[-1][3].any():
+                image, reward, is_terminal, is_last = step_envs(self.groups[group], part, self.args.env_timeout)
+                rows.append((image, reward, is_terminal, is_last, nothing))
+                if is_last.any():
                     self.faults[group] = 0
             except Exception as error:  # whatever an environment raises, or a worker's death
                 self.broke(group, error)
@@ -1821,7 +1821,7 @@ class SturdyEnvs:
                 rows.append((image, nothing.astype(float), nothing, nothing, ~nothing))
         return tuple(np.concatenate(field) for field in zip(*rows, strict=True))
 
-    def broke(self, group: int, error: Exception) -> None:
+    def broke(self, group: int, error: BaseException) -> None:
         close_envs(self.groups[group])
         if isinstance(error, UserError):
             raise error
@@ -1830,7 +1830,7 @@ class SturdyEnvs:
         self.fault_frames[group] = self.counters.frames
         self.counters.env_restarts += 1
         died = isinstance(error, (EOFError, gym.error.NoAsyncCallError))
-        cause = "its process died" if died else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        cause = "its process died" if died else f"{type(error).__name__}: {str(error)[:200]}"
         if self.faults[group] == 5:
             raise UserError(f"five times in a row {self.args.env_id} failed: {cause}")
         self.logger.warn(f"env {self.faults[group]}", f"{self.args.env_id} failed: {cause}; it is started again")
@@ -1854,38 +1854,40 @@ def prefetch(pool: ThreadPoolExecutor, replay: Replay, rng: np.random.Generator,
             future.exception()
 
 
-def discard_refused(run_dir: Path, made_parent: bool) -> None:
+def discard_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # runs are in it
+        folder.rmdir()
+
+
+def discard_refused(run_dir: Path) -> None:
     """Removes the folder of a new run whose set-up failed: bad input leaves nothing behind."""
     # The set-up ends with config.yaml; a run that has saved is kept whatever became of that file.
     if not any((run_dir / name).exists() for name in ("config.yaml", "checkpoint.pt")):
         shutil.rmtree(run_dir, ignore_errors=True)
-        with contextlib.suppress(OSError):  # other runs are in it
-            if made_parent:
-                run_dir.parent.rmdir()
+
+
+def new_run_dir(args: Args, stack: contextlib.ExitStack) -> Path:
+    """Makes runs/<env>__<exp_name>__<seed>__<time>, which `stack` removes again if the set-up fails."""
+    parent = Path("runs")
+    if not os.path.exists(parent):
+        stack.callback(discard_empty, parent)
+    parent.mkdir(exist_ok=True)
+    for now in itertools.count(int(time.time())):
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
+        run_dir = parent / re.sub(r"[^\w.=+-]+", "-", name).lstrip(".-")
+        with contextlib.suppress(FileExistsError):  # another run began in the same second
+            run_dir.mkdir()
+            stack.callback(discard_refused, run_dir)
+            return run_dir
 
 
 def open_run(args: Args, stack: contextlib.ExitStack) -> tuple[Path, dict | None]:
     """The run folder, locked until `stack` closes: a new one, or the one to resume with its checkpoint."""
-    run_dir, parent, now = Path(args.resume or "runs"), Path("runs"), int(time.time())
     try:
-        made_parent = not parent.exists()
-        while not args.resume:
-            parent.mkdir(exist_ok=True)
-            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
-            run_dir = parent / re.sub(r"[^\w.=+-]+", "-", name).lstrip(".-")
-            try:
-                run_dir.mkdir()
-            except FileExistsError:  # another run began in the same second
-                now += 1
-                continue
-            stack.callback(discard_refused, run_dir, made_parent)
-            break
+        run_dir = Path(args.resume) if args.resume else new_run_dir(args, stack)
         folder = os.open(run_dir, os.O_RDONLY)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            if made_parent:
-                parent.rmdir()
-        raise UserError(f"cannot open the run folder {run_dir}: {error.strerror}") from None
+        raise UserError(f"cannot open the run folder {error.filename}: {error.strerror}") from None
     stack.callback(os.close, folder)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill releases it
@@ -1920,20 +1922,25 @@ def tune_cpu() -> None:
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
-def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None:
-    """The training loop: act, learn, step, store, log, evaluate, save. `stack` closes what it opens."""
-    # SETUP
-    stop_signals = []
+def catch_signals() -> list[int]:
+    """From now on a signal that asks for an end comes into this list; its second one ends the process at once."""
+    caught = []
 
-    def stop(number, _):
-        # The second one stops at once; but a closed terminal may tell twice, by its shell and by the kernel.
+    def catch(number, _):
+        # A closed terminal may tell twice, by its shell and by the kernel.
         signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
-        stop_signals.append(number)
+        caught.append(number)
 
     for number in STOP_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
-            signal.signal(number, stop)
+            signal.signal(number, catch)
+    return caught
 
+
+def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None:
+    """The training loop: act, learn, step, store, log, evaluate, save. `stack` closes what it opens."""
+    # SETUP
+    stop_signals = catch_signals()
     for redirect, stream in ((contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)):
         stack.enter_context(redirect(Console(stream)))
     rng = np.random.default_rng(args.seed)
@@ -2005,14 +2012,14 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         learner.wait()
         try:
             returns, frames = evaluate(agent, args, args.eval_episodes, args.seed + counters.frames, stop_signals)
-        except Exception as error:  # whatever an environment raises
+        except (Exception, SystemExit) as error:  # whatever an environment raises
             logger.warn("evaluation", f"the evaluation failed: {type(error).__name__}: {error}")
             returns, frames = [], None
         if stop_signals:
             return
         counters.last_eval = counters.frames
         if returns:
-            logger.scalars(counters.frames, {"charts/eval_return": float(np.mean(returns))})
+            logger.scalars(counters.frames, {"charts/eval_return": np.mean(returns)})
             bar.write(f"frame {counters.frames}: evaluation return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
         if returns and args.capture_video:
             path = run_dir / "videos" / f"eval_{counters.frames}.gif"
@@ -2097,7 +2104,7 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
         episode_frames = np.where(restarted, 0, episode_frames + args.action_repeat * ~is_first)
         for env in np.flatnonzero(is_last):
             values = {"charts/episodic_return": episode_return[env], "charts/episodic_length": episode_frames[env]}
-            logger.scalars(counters.frames, {name: float(value) for name, value in values.items()})
+            logger.scalars(counters.frames, values)
             bar.set_postfix({"return": f"{episode_return[env]:.1f}"}, refresh=False)
             episode_return[env], episode_frames[env] = 0, 0
 
@@ -2120,8 +2127,8 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
             logger.scalars(counters.frames, values)
 
         # EVALUATE
-        due = args.eval_every and counters.frames // args.eval_every > counters.last_eval // args.eval_every
-        if due and not (done or stop_signals):  # the last one comes after the loop
+        evaluation_due = args.eval_every and counters.frames // args.eval_every > counters.last_eval // args.eval_every
+        if evaluation_due and not (done or stop_signals):  # the last one comes after the loop
             assess()
 
         # SAVE
@@ -2170,13 +2177,11 @@ def main(args: Args) -> None:
     (channels, _, _), action_size = probe_env(args)
     if (channels, action_size) != (agent.channels, agent.action_size):
         raise UserError(f"the agent was trained on another environment: {args.env_id} has other images or actions")
-    stop_signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # ends with what was played; else pygame would take SIGTERM
-        signal.signal(number, lambda number, _: stop_signals.append(number))
-    agent.args = args  # flags may have been given beside --evaluate
-    try:
-        returns, _ = evaluate(agent, args, args.eval_episodes, args.seed, stop_signals)
-    except Exception as error:  # whatever an environment raises
+    # Flags may have been given beside --evaluate; the frames of a video would be kept for nothing.
+    agent.args = args = dataclasses.replace(args, capture_video=False)
+    try:  # a signal ends it with what was played; without a handler pygame would take SIGTERM
+        returns, _ = evaluate(agent, args, args.eval_episodes, args.seed, catch_signals())
+    except (Exception, SystemExit) as error:  # whatever an environment raises
         raise UserError(f"{args.env_id} failed: {type(error).__name__}: {error}") from None
     if not returns:
         raise UserError("stopped before the end of the first episode")

@@ -85,6 +85,17 @@ class RestartHangsOnce(Faulty):
         return super().reset(**kwargs)
 
 
+class RestartExits(Faulty):
+    """Raises once; then it cannot be made any more."""
+
+    fault = RaisesOnce.fault
+
+    def __init__(self, **kwargs):
+        if Path(os.environ["FAULT_MARKER"]).exists():
+            sys.exit(3)
+        super().__init__(**kwargs)
+
+
 class ResetRaisesOnce(Faulty):
     """Raises in the reset after the first episode, so in the middle of the run."""
 

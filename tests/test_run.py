@@ -675,11 +675,12 @@ def test_evaluate_prints_mean_and_deviation_and_writes_nothing(script, finished,
 def test_an_evaluation_that_is_stopped_tells_what_was_played(script, finished, tmp_path, monkeypatch, capsys, number):
     def evaluate(agent, args, episodes, seed, stop):
         signal.raise_signal(number)
-        assert stop == [number]
+        assert stop == [number] and signal.getsignal(number) == signal.SIG_DFL, "a second one ends a hanging episode"
+        assert not args.capture_video, "its frames would fill memory for nothing"
         return [2.0], None
 
     monkeypatch.setattr(script, "evaluate", evaluate)
-    train(script, tmp_path, ["--evaluate", str(finished), "--eval-episodes", "3"])
+    train(script, tmp_path, ["--evaluate", str(finished), "--eval-episodes", "3", "--capture-video"])
     assert "return 2.00 +- 0.00 over 1 episodes" in capsys.readouterr().out
 
 
@@ -977,6 +978,15 @@ def test_an_environment_that_exits_does_not_end_the_script(script, tmp_path):
         train(script, tmp_path, flags)
 
 
+def test_an_environment_whose_restart_exits_ends_the_run_with_its_progress(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT_MARKER", str(tmp_path / "marker"))
+    flags = small(script, env_id=env_id(script, "RestartExits", "tests.faulty_envs"))
+    with pytest.raises(script.UserError, match="five times in a row.*SystemExit: 3"):
+        train(script, tmp_path, flags)
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert script.load_checkpoint(run_dir)["counters"]["env_restarts"] == 5
+
+
 def test_a_worker_whose_reset_hangs_is_started_again(script, tmp_path, monkeypatch):
     """The step raises once, then the restarted one's reset hangs, once."""
     monkeypatch.setenv("FAULT_MARKER", str(tmp_path / "marker"))
@@ -1002,11 +1012,12 @@ class SilentLogger:
         pass
 
 
-def test_a_faulty_environment_in_an_evaluation_does_not_end_the_run(script, tmp_path, monkeypatch, capsys):
-    fault = RuntimeError("the simulator\nfell over")
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit])
+def test_a_faulty_environment_in_an_evaluation_does_not_end_the_run(script, tmp_path, monkeypatch, capsys, kind):
+    fault = kind("the simulator\nfell over")
     monkeypatch.setattr(script, "evaluate", failing_once(script.evaluate, fault))
     run_dir = train(script, tmp_path, small(script, eval_every=100))
-    assert "warning: the evaluation failed: RuntimeError: the simulator fell over\n" in capsys.readouterr().err
+    assert f"warning: the evaluation failed: {kind.__name__}: the simulator fell over\n" in capsys.readouterr().err
     assert script.load_checkpoint(run_dir)["counters"]["frames"] == 300
 
 
