@@ -1782,8 +1782,8 @@ def tune_cpu() -> None:
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
-def catch_signals() -> list[int]:
-    """From now on a signal that asks for an end comes into this list; its second one ends the process at once."""
+def catch_signals(numbers: tuple[int, ...]) -> list[int]:
+    """From now on these signals come into the list; a second one of a number ends the process at once (not SIGHUP)."""
     caught = []
 
     def catch(number, _):
@@ -1791,7 +1791,7 @@ def catch_signals() -> list[int]:
         signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
         caught.append(number)
 
-    for number in STOP_SIGNALS:
+    for number in numbers:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
             signal.signal(number, catch)
     return caught
@@ -1800,7 +1800,7 @@ def catch_signals() -> list[int]:
 def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None:
     """The training loop: act, learn, step, store, log, evaluate, save. `stack` closes what it opens."""
     # SETUP
-    stop_signals = catch_signals()
+    stop_signals = catch_signals(STOP_SIGNALS)
     for redirect, stream in ((contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)):
         stack.enter_context(redirect(Console(stream)))
     rng = np.random.default_rng(args.seed)
@@ -2039,8 +2039,9 @@ def main(args: Args) -> None:
         raise UserError(f"the agent was trained on another environment: {args.env_id} has other images or actions")
     # Flags may have been given beside --evaluate; the frames of a video would be kept for nothing.
     agent.args = args = dataclasses.replace(args, capture_video=False)
-    try:  # a signal ends it with what was played; without a handler pygame would take SIGTERM
-        returns, _ = evaluate(agent, args, args.eval_episodes, args.seed, catch_signals())
+    stop_signals = catch_signals((signal.SIGINT, signal.SIGTERM))  # else pygame would take the second
+    try:
+        returns, _ = evaluate(agent, args, args.eval_episodes, args.seed, stop_signals)
     except (Exception, SystemExit) as error:  # whatever an environment raises
         raise UserError(f"{args.env_id} failed: {type(error).__name__}: {error}") from None
     if not returns:

@@ -320,7 +320,10 @@ def published(group):
 
 
 def by_group(rows, kind="auto"):
-    """{group: (kind, {seed: (steps, returns)})}; auto: the kind of the official curve if every seed has it."""
+    """{group: (kind, {seed: (steps, returns)})}; auto: the official curve's kind if every seed has it, else the other.
+
+    Evaluations have to be five for each official figure at least: one or two are no mean over its frames.
+    """
     groups = defaultdict(lambda: {"eval": defaultdict(list), "train": defaultdict(list)})
     for row in rows:
         groups[Group(row.version, row.task, row.script)][row.kind][row.seed].append((row.step, row.value))
@@ -328,8 +331,11 @@ def by_group(rows, kind="auto"):
     for group, kinds in sorted(groups.items()):
         use = kind
         if kind == "auto":
-            use, other = ("eval", "train") if published(group)[1] == "eval" else ("train", "eval")
-            use = use if kinds[use] and set(kinds[use]) >= set(kinds[other]) else other
+            width, use = published(group)
+            other, everyone = "train" if use == "eval" else "eval", {*kinds["eval"], *kinds["train"]}
+            sparse = any(len(points) * (width or math.inf) < 5 * max(points)[0] for points in kinds["eval"].values())
+            fit = [name for name in (use, other) if set(kinds[name]) == everyone and not (name == "eval" and sparse)]
+            use = fit[0] if fit else other if kinds[other] else use
         if kinds[use]:
             out[group] = use, {seed: np.array(sorted(points)).T for seed, points in sorted(kinds[use].items())}
     return out
@@ -340,7 +346,7 @@ def official_over(curve, width, frames):
     if curve is None or width is None:
         return None, None
     # The last episode ends a little before the run. V1's curves begin with one evaluation, which is no mean.
-    (filled,) = np.nonzero((curve[0] >= width) & ((1 - WINDOW) * curve[0] <= frames))
+    (filled,) = np.nonzero((curve[0] >= width) & (curve[0] - WINDOW * width <= frames))
     if not len(filled):
         return None, None
     last, *values = curve[:, filled[-1]].tolist()

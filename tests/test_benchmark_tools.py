@@ -529,12 +529,22 @@ def test_the_kind_of_the_official_curve_counts_only_where_every_seed_has_it():
         assert [use for use, _ in plot.by_group(of_task).values()] == [kind]
 
 
+def test_evaluations_that_are_few_in_the_frames_of_an_official_figure_are_not_taken_for_their_mean():
+    for steps, kind in (([400_000, 800_000], "train"), (range(200_000, 1_000_001, 200_000), "eval")):
+        rows = [plot.Row("v2", "atari_pong", "s", 1, step, 1.0, "eval") for step in steps]
+        assert [use for use, _ in plot.by_group(rows).values()] == ["eval"], "there is nothing else"
+        rows += [plot.Row("v2", "atari_pong", "s", 1, 1000, 1.0, "train")]
+        assert [use for use, _ in plot.by_group(rows).values()] == [kind]
+
+
 def test_the_official_figure_is_the_last_one_whose_frames_are_filled():
     curve = np.array([[5, 105, 205], [1, 5, 20], [1, 0, 10], [1, 10, 30]], float)
     assert plot.official_over(curve, 100, 150) == ((5.0, 105.0), (5.0, 0.0, 10.0))
     assert plot.official_over(curve, 100, 900) == ((105.0, 205.0), (20.0, 10.0, 30.0))
     assert plot.official_over(curve, 100, 100)[0] == (5.0, 105.0), "the last episode ends before the run"
     assert plot.official_over(curve, 100, 99) == (None, None), "the first is one evaluation, no mean over 100 frames"
+    late = np.array([[970_000, 1_000_000], [5, 20], [0, 10], [10, 30]], float)
+    assert plot.official_over(late, 30_000, 989_000)[0] == (940_000, 970_000), "the next one is not filled by far"
     assert plot.official_over(None, 100, 900) == plot.official_over(curve, None, 900) == (None, None)
 
 
@@ -637,7 +647,7 @@ def test_gate_over_the_same_frames(tmp_path, value, verdict, code):
 
 
 def test_gate_judges_finished_run_folders_only(tmp_path):
-    # Official DreamerV2, Pong at 1,000,000 frames: seeds from -19.3 to -15.7.
+    # Official DreamerV2, Pong over the first 1,000,000 frames: seeds from -19.3 to -15.7.
     good = make_run(tmp_path, "PongNoFrameskip-v4", 1, [(990_000, -16.0), (1_000_000, -18.0)], total=1_000_000)
     make_run(tmp_path, "PongNoFrameskip-v4", 2, [(400_000, -21.0)], total=1_000_000)
     result = call("gate.py", tmp_path)
