@@ -4,14 +4,15 @@
     python benchmark/gate.py runs/* benchmark/results/pong.csv
 
 A published figure is a mean over the frames up to its frame count. The last one whose frames all seeds of a task have
-filled is compared with their mean over the same frames. Exit code: 0 none is under, 1 one is, 2 bad input.
+filled is compared with their mean over the same frames, where the action repeat is the published one. Exit code: 0 none
+is under, 1 one is, 2 bad input.
 """
 
 import argparse
 import sys
 
 import numpy as np
-from plot import HERE, all_scores, digits, frames_compared, load, read_official, result_files
+from plot import HERE, all_scores, digits, frames_compared, load, read_official, read_repeats, result_files
 from run import InputError, Parser, run_tool
 
 
@@ -21,9 +22,9 @@ def main(argv):
     parser.add_argument("--kind", choices=("auto", "eval", "train"), default="auto", help="which returns count")
     parser.add_argument("--unfinished", action="store_true", help="judge runs that have not reached their total_steps")
     args = parser.parse_args(argv)
-    rows = load(args.inputs or result_files(HERE / "results"), unfinished=args.unfinished)
-    scores = all_scores(rows, read_official(), args.kind)
-    if all(entry.official is None for entry in scores):
+    paths = args.inputs or result_files(HERE / "results")
+    scores = all_scores(load(paths, unfinished=args.unfinished), read_official(), args.kind, read_repeats(paths))
+    if not any(entry.verdict in ("under", "inside", "above") for entry in scores):
         raise InputError("nothing to judge: no finished run of a task and frame count with published scores")
     lines = [("task", "script", "kind", "seeds", "over frames", "ours", "low", "mean", "high", "verdict")]
     for entry in scores:

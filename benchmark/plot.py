@@ -7,8 +7,8 @@
     python benchmark/plot.py random --env-ids dmc/walker-walk ALE/Pong-v5      # what a random policy scores
 
 The x axis is in environment frames. The return of a run is the mean in the last 5% of the frames that all seeds of its
-group reached. A published figure is a mean over the frames up to its frame count, so ours are compared with the last
-one whose frames they fill, by their mean over the same frames. Bad input: one line, exit code 2.
+group reached, of three evaluations at least. A published figure is a mean over the frames up to its frame count; ours
+are set beside the last one whose frames they fill, by the mean over the same frames. Bad input: one line, exit code 2.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Score(NamedTuple):
     group: Group
     kind: str
     frames: int
-    seeds: dict  # seed -> return in the last 5% of these frames
+    seeds: dict  # seed -> return in the last 5% of these frames, three evaluations at least
     span: tuple | None  # the frames compared: after the first, up to the last
     there: dict  # seed -> mean return over the span
     official: tuple | None  # mean, min, max over the span
@@ -353,7 +353,7 @@ def official_over(curve, width, frames):
     return (last - width, last), tuple(values)
 
 
-def score(group, kind, seeds, official):
+def score(group, kind, seeds, official, repeat=None):
     frames = int(min(steps[-1] for steps, _ in seeds.values()))
     values = {}
     for seed, (steps, returns) in seeds.items():
@@ -361,6 +361,8 @@ def score(group, kind, seeds, official):
             runs = f"{group.script} on {group.task}"
             raise InputError(f"{runs}: another seed ends at frame {frames:,}, before seed {seed} has any return")
         last = returns[(steps > (1 - WINDOW) * frames) & (steps <= frames)]
+        if kind == "eval" and len(last) < 3:
+            last = returns[steps <= frames][-3:]
         values[seed] = float(last.mean() if len(last) else np.interp(frames, steps, returns))
     span, reference = official_over(official.get(group[:2]), published(group)[0], frames)
     inside = {s: returns[(span[0] < steps) & (steps <= span[1])] for s, (steps, returns) in seeds.items() if span}
@@ -369,11 +371,14 @@ def score(group, kind, seeds, official):
     there = {seed: float(returns.mean()) for seed, returns in inside.items()}
     mean = np.mean(list(there.values()))
     verdict = "under" if mean < reference[1] else "above" if mean > reference[2] else "inside"
+    if repeat not in (None, usual_repeat(group.task)):  # another task: the random policy's return is another, too
+        verdict = "other action repeat"
     return Score(group, kind, frames, values, span, there, reference, verdict)
 
 
-def all_scores(rows, official, kind="auto"):
-    return [score(group, use, seeds, official) for group, (use, seeds) in by_group(rows, kind).items()]
+def all_scores(rows, official, kind="auto", repeats=None):
+    repeats, groups = repeats or {}, by_group(rows, kind)
+    return [score(g, use, seeds, official, repeats.get((g.task, g.script))) for g, (use, seeds) in groups.items()]
 
 
 def iqm(matrix, reps=2000):
@@ -671,7 +676,8 @@ def frames_compared(entry):
 
 
 def tables(paths, kind, with_iqm=True):
-    scores, floors, repeats = all_scores(load(paths), read_official(), kind), read_floors(), read_repeats(paths)
+    floors, repeats = read_floors(), read_repeats(paths)
+    scores = all_scores(load(paths), read_official(), kind, repeats)
     if not scores:
         raise InputError(f"no returns (--kind {kind}) in {', '.join(map(str, paths))}")
     lines = []

@@ -509,6 +509,13 @@ def test_score_is_the_mean_of_the_last_frames_that_all_seeds_reached():
     assert entry.frames == 1000 and entry.seeds == {1: 20.0, 2: 50.0} and entry.verdict == "no reference"
 
 
+def test_score_of_evaluations_is_the_mean_of_three_at_least():
+    steps, returns = np.arange(100.0, 1001.0, 100.0), np.arange(10.0)
+    assert plot.score(plot.Group("v2", "t", "s"), "eval", {1: (steps, returns)}, {}).seeds == {1: 8.0}
+    steps = np.arange(10.0, 1001.0, 10.0)  # five in the last 5%
+    assert plot.score(plot.Group("v2", "t", "s"), "eval", {1: (steps, steps)}, {}).seeds == {1: 980.0}
+
+
 def test_a_seed_that_starts_after_the_others_end_is_refused():
     seeds = {1: (np.array([50.0, 60.0]), np.zeros(2)), 2: (np.array([100.0, 200.0]), np.ones(2))}
     with pytest.raises(run.InputError, match="ends at frame 60, before seed 2 has any return"):
@@ -564,6 +571,8 @@ def test_ours_are_compared_by_the_mean_over_the_same_frames():
     entry = plot.score(plot.Group("v2", "dmc_walker_walk", "s"), "train", seeds, official)
     assert entry.span == (30_000, 60_000) and entry.there == {1: 2.0, 2: 4.0} and entry.verdict == "inside"
     assert entry.frames == 61_000 and entry.seeds == {1: 46.5, 2: 47.5} and entry.official == (2.5, 1.0, 3.0)
+    entry = plot.score(plot.Group("v2", "dmc_walker_walk", "s"), "train", seeds, official, repeat=8)
+    assert entry.there == {1: 2.0, 2: 4.0} and entry.verdict == "other action repeat"
     seeds[2] = np.array([30_000.0, 61_000.0]), np.ones(2)
     assert plot.score(plot.Group("v2", "dmc_walker_walk", "s"), "train", seeds, official).verdict == "no reference"
 
@@ -663,6 +672,11 @@ def test_gate_judges_finished_run_folders_only(tmp_path):
     (good / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert call("gate.py", tmp_path).returncode == 1
     one_line_error(call("gate.py", tmp_path, "--unfinished", "--kind", "train"), "nothing to judge")
+
+
+def test_gate_does_not_judge_another_action_repeat(tmp_path):
+    run = make_run(tmp_path, "PongNoFrameskip-v4", 1, [(1_000_000, -21.0)], total=1_000_000, action_repeat=8)
+    one_line_error(call("gate.py", run), "nothing to judge")
 
 
 def test_gate_one_task_under_among_others_fails(tmp_path):

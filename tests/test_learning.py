@@ -106,7 +106,8 @@ FAINT = {  # with the KL of the Atari defaults, and rewards as in the paper
     "actor_entropy": 1e-2,
 }
 DEAR_NATS = {"kl_loss_coeff": 1.0, "free_nats": 3.0}
-NO_HEAD = {"total_steps": 1500, "pred_discount": False}
+GOAL = {"eval_episodes": 20}  # of 10 the blind policy comes to 90% by luck once in a hundred evaluations
+NO_HEAD = GOAL | {"total_steps": 1500, "pred_discount": False}  # with the head both scripts have learned by then
 
 
 def evaluations(folder, name, env, changes, breaking=None, enough=math.inf):
@@ -167,8 +168,8 @@ LEARNED = [
     pytest.param(V1, "DotSteer", DOT_V1 | LONGER, id="v1-dot", marks=slow),
     pytest.param(V2, "DotSteer", LONGER, id="v2-continuous-dot"),
     pytest.param(ATARI, "DotSteer", LONGER, id="v2-atari-dot", marks=slow),
-    pytest.param(ATARI, "TerminalGoal", LONGER, id="v2-atari-terminal"),
-    pytest.param(V2, "TerminalGoal", LONGER, id="v2-continuous-terminal", marks=slow),
+    pytest.param(ATARI, "TerminalGoal", LONGER | GOAL, id="v2-atari-terminal"),
+    pytest.param(V2, "TerminalGoal", LONGER | GOAL, id="v2-continuous-terminal", marks=slow),
     pytest.param(V1, "DotSteer", LONGER | {"actor_grad": "reinforce"}, id="v1-dot-reinforce", marks=slow),
     pytest.param(V1, "CueMemory", MEMORY_V1, id="v1-memory"),
     pytest.param(V1, "CueMemory", MEMORY_V1_REINFORCE, id="v1-memory-reinforce", marks=slow),
@@ -187,20 +188,21 @@ def test_90_percent_of_the_possible_return_is_reached(tmp_path, name, env, chang
 
 
 BROKEN = [
-    pytest.param(V2, "DotSteer", {"total_steps": 1500}, shuffled_rewards, id="v2-continuous-shuffled-rewards"),
+    pytest.param(ATARI, "TerminalGoal", NO_HEAD, None, id="v2-atari-no-discount-head"),
+    pytest.param(V2, "TerminalGoal", NO_HEAD, None, id="v2-continuous-no-discount-head", marks=slow),
+    pytest.param(V2, "DotSteer", {}, shuffled_rewards, id="v2-continuous-shuffled-rewards", marks=slow),
     pytest.param(V1, "DotSteer", DOT_V1, shuffled_rewards, id="v1-shuffled-rewards", marks=slow),
     pytest.param(V1, "CueMemory", MEMORY_V1, no_memory, id="v1-no-memory", marks=slow),
     pytest.param(V2, "CueMemory", MEMORY_V2, no_memory, id="v2-continuous-no-memory", marks=slow),
     pytest.param(ATARI, "CueMemory", MEMORY, no_memory, id="v2-atari-no-memory", marks=slow),
-    pytest.param(V2, "TerminalGoal", NO_HEAD, None, id="v2-continuous-no-discount-head", marks=slow),
-    pytest.param(ATARI, "TerminalGoal", {"pred_discount": False}, None, id="v2-atari-no-discount-head", marks=slow),
     pytest.param(ATARI, "FaintBall", FAINT | DEAR_NATS, None, id="v2-atari-dear-nats", marks=slow),
 ]
 
 
 @pytest.mark.parametrize(("name", "env", "changes", "breaking"), BROKEN)
 def test_a_broken_copy_does_not_learn(tmp_path, name, env, changes, breaking):
-    """Judged at the end: on its way a collapsing policy may pass through a good one."""
+    """In frames in which the intact one learns. Judged at the end: on its way a collapsing policy may pass through a
+    good one."""
     title, returns, reached = evaluations(tmp_path, name, env, changes, breaking)
     print(title, returns, np.round(reached, 2))
     assert np.mean(reached[-2:]) < 0.7 * returns["best"]
