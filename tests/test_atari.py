@@ -141,7 +141,14 @@ def test_an_episode_is_truncated_and_not_terminal_after_108000_frames(monkeypatc
 def test_sticky_actions_reach_ale(sticky_actions):
     """A frame repeats the action before with probability 0.25, or never: frames as those of ALE told so."""
     envs = make("atari/breakout", num_envs=2, sticky_actions=sticky_actions)
-    options = {"img_height": 64, "img_width": 64, "stack_num": 1, "use_fire_reset": False, "reward_clipping": False}
+    options = {
+        "img_height": 64,
+        "img_width": 64,
+        "stack_num": 1,
+        "noop_max": 31,
+        "use_fire_reset": False,
+        "reward_clipping": False,
+    }
     truth, other = (
         AtariVectorEnv("breakout", 2, repeat_action_probability=probability, **options)
         for probability in ((0.25, 0.0) if sticky_actions else (0.0, 0.25))
