@@ -3,9 +3,9 @@
     python benchmark/gate.py                             # every CSV in benchmark/results/
     python benchmark/gate.py runs/* benchmark/results/pong.csv
 
-A published figure is a mean over the frames up to its frame count. The last one whose frames all seeds of a task have
-filled is compared with their mean over the same frames, where the action repeat is the published one. Exit code: 0 none
-is under, 1 one is, 2 bad input.
+A published figure is a mean over the frames up to its frame count. Each whose frames all seeds of a task have filled is
+compared with their mean over the same frames, where the action repeat is the published one. Exit code: 0 none is under,
+1 one is, 2 bad input.
 """
 
 import argparse
@@ -23,7 +23,8 @@ def main(argv):
     parser.add_argument("--unfinished", action="store_true", help="judge runs that have not reached their total_steps")
     args = parser.parse_args(argv)
     paths = args.inputs or result_files(HERE / "results")
-    scores = all_scores(load(paths, unfinished=args.unfinished), read_official(), args.kind, read_repeats(paths))
+    groups = all_scores(load(paths, unfinished=args.unfinished), read_official(), args.kind, read_repeats(paths))
+    scores = [entry for scores in groups for entry in scores]
     if not any(entry.verdict in ("under", "inside", "above") for entry in scores):
         raise InputError("nothing to judge: no finished run of a task and frame count with published scores")
     lines = [("task", "script", "kind", "seeds", "over frames", "ours", "low", "mean", "high", "verdict")]

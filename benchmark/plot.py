@@ -342,18 +342,16 @@ def by_group(rows, kind="auto"):
 
 
 def official_over(curve, width, frames):
-    """The last published figure whose frames a run fills: ((first, last), (mean, min, max)); None, None if none."""
+    """The published figures whose frames a run fills, in their order: [((first, last), (mean, min, max))]."""
     if curve is None or width is None:
-        return None, None
+        return []
     # The last episode ends a little before the run. V1's curves begin with one evaluation, which is no mean.
-    (filled,) = np.nonzero((curve[0] >= width) & (curve[0] - WINDOW * width <= frames))
-    if not len(filled):
-        return None, None
-    last, *values = curve[:, filled[-1]].tolist()
-    return (last - width, last), tuple(values)
+    filled = (curve[0] >= width) & (curve[0] - WINDOW * width <= frames)
+    return [((last - width, last), tuple(values)) for last, *values in curve[:, filled].T.tolist()]
 
 
-def score(group, kind, seeds, official, repeat=None):
+def scores_of(group, kind, seeds, official, repeat=None):
+    """A score for each published figure whose frames all seeds have filled; one without it if there is none."""
     frames = int(min(steps[-1] for steps, _ in seeds.values()))
     values = {}
     for seed, (steps, returns) in seeds.items():
@@ -364,21 +362,28 @@ def score(group, kind, seeds, official, repeat=None):
         if kind == "eval" and len(last) < 3:
             last = returns[steps <= frames][-3:]
         values[seed] = float(last.mean() if len(last) else np.interp(frames, steps, returns))
-    span, reference = official_over(official.get(group[:2]), published(group)[0], frames)
-    inside = {s: returns[(span[0] < steps) & (steps <= span[1])] for s, (steps, returns) in seeds.items() if span}
-    if not span or not all(map(len, inside.values())):
-        return Score(group, kind, frames, values, None, {}, None, "no reference")
-    there = {seed: float(returns.mean()) for seed, returns in inside.items()}
-    mean = np.mean(list(there.values()))
-    verdict = "under" if mean < reference[1] else "above" if mean > reference[2] else "inside"
-    if repeat not in (None, usual_repeat(group.task)):  # another task: the random policy's return is another, too
-        verdict = "other action repeat"
-    return Score(group, kind, frames, values, span, there, reference, verdict)
+    found = []
+    for span, reference in official_over(official.get(group[:2]), published(group)[0], frames):
+        inside = {seed: returns[(span[0] < steps) & (steps <= span[1])] for seed, (steps, returns) in seeds.items()}
+        if not all(map(len, inside.values())):
+            continue
+        there = {seed: float(returns.mean()) for seed, returns in inside.items()}
+        mean = np.mean(list(there.values()))
+        verdict = "under" if mean < reference[1] else "above" if mean > reference[2] else "inside"
+        if repeat not in (None, usual_repeat(group.task)):  # another task: the random policy's return is another, too
+            verdict = "other action repeat"
+        found.append(Score(group, kind, frames, values, span, there, reference, verdict))
+    return found or [Score(group, kind, frames, values, None, {}, None, "no reference")]
 
 
 def all_scores(rows, official, kind="auto", repeats=None):
+    """[the scores of each group, at the published figures in their order]"""
     repeats, groups = repeats or {}, by_group(rows, kind)
-    return [score(g, use, seeds, official, repeats.get((g.task, g.script))) for g, (use, seeds) in groups.items()]
+    return [scores_of(g, use, seeds, official, repeats.get((g.task, g.script))) for g, (use, seeds) in groups.items()]
+
+
+def last_scores(*args):
+    return [scores[-1] for scores in all_scores(*args)]
 
 
 def iqm(matrix, reps=2000):
@@ -648,7 +653,7 @@ def figures(paths, args):
         raise InputError(f"no returns (--kind {args.kind}) in {', '.join(map(str, paths))}")
     known = official, read_floors(), read_repeats(paths)
     drawn = [draw_curves(s, groups, *known, args.figures, args.full) for s, groups in by_script.items()]
-    return [path for path in [*drawn, draw_atari(all_scores(rows, official, args.kind), args.figures)] if path]
+    return [path for path in [*drawn, draw_atari(last_scores(rows, official, args.kind), args.figures)] if path]
 
 
 # TABLES
@@ -677,7 +682,7 @@ def frames_compared(entry):
 
 def tables(paths, kind, with_iqm=True):
     floors, repeats = read_floors(), read_repeats(paths)
-    scores = all_scores(load(paths), read_official(), kind, repeats)
+    scores = last_scores(load(paths), read_official(), kind, repeats)
     if not scores:
         raise InputError(f"no returns (--kind {kind}) in {', '.join(map(str, paths))}")
     lines = []

@@ -477,7 +477,7 @@ def test_the_bins_of_a_short_run_are_a_hundredth_of_it(tmp_path):
         tmp_path, "ALE/Pong-v5", 1, [(step, float(step)) for step in range(100, 60_001, 100)], total=60_000
     )
     assert call("plot.py", "export", folder, "--out", tmp_path / "x.csv").returncode == 0
-    short, whole = (plot.all_scores(plot.load([path]), {})[0].seeds[1] for path in (tmp_path / "x.csv", folder))
+    short, whole = (plot.last_scores(plot.load([path]), {})[0].seeds[1] for path in (tmp_path / "x.csv", folder))
     assert short == pytest.approx(whole, rel=1e-2)
 
 
@@ -505,21 +505,21 @@ def test_score_is_the_mean_of_the_last_frames_that_all_seeds_reached():
         1: (np.array([100.0, 960.0, 980.0, 1000.0]), np.array([0.0, 10.0, 20.0, 30.0])),
         2: (np.array([500.0, 1500.0]), np.array([0.0, 100.0])),  # nothing in (950, 1000]: between its neighbours
     }
-    entry = plot.score(plot.Group("v2", "no_such_task", "s"), "train", seeds, {})
+    (entry,) = plot.scores_of(plot.Group("v2", "no_such_task", "s"), "train", seeds, {})
     assert entry.frames == 1000 and entry.seeds == {1: 20.0, 2: 50.0} and entry.verdict == "no reference"
 
 
 def test_score_of_evaluations_is_the_mean_of_three_at_least():
     steps, returns = np.arange(100.0, 1001.0, 100.0), np.arange(10.0)
-    assert plot.score(plot.Group("v2", "t", "s"), "eval", {1: (steps, returns)}, {}).seeds == {1: 8.0}
+    assert plot.scores_of(plot.Group("v2", "t", "s"), "eval", {1: (steps, returns)}, {})[-1].seeds == {1: 8.0}
     steps = np.arange(10.0, 1001.0, 10.0)  # five in the last 5%
-    assert plot.score(plot.Group("v2", "t", "s"), "eval", {1: (steps, steps)}, {}).seeds == {1: 980.0}
+    assert plot.scores_of(plot.Group("v2", "t", "s"), "eval", {1: (steps, steps)}, {})[-1].seeds == {1: 980.0}
 
 
 def test_a_seed_that_starts_after_the_others_end_is_refused():
     seeds = {1: (np.array([50.0, 60.0]), np.zeros(2)), 2: (np.array([100.0, 200.0]), np.ones(2))}
     with pytest.raises(run.InputError, match="ends at frame 60, before seed 2 has any return"):
-        plot.score(plot.Group("v2", "t", "s"), "eval", seeds, {})
+        plot.scores_of(plot.Group("v2", "t", "s"), "eval", seeds, {})
 
 
 def test_the_kind_of_the_official_curve_counts_only_where_every_seed_has_it():
@@ -544,15 +544,15 @@ def test_evaluations_that_are_few_in_the_frames_of_an_official_figure_are_not_ta
         assert [use for use, _ in plot.by_group(rows).values()] == [kind]
 
 
-def test_the_official_figure_is_the_last_one_whose_frames_are_filled():
+def test_the_official_figures_are_those_whose_frames_are_filled():
     curve = np.array([[5, 105, 205], [1, 5, 20], [1, 0, 10], [1, 10, 30]], float)
-    assert plot.official_over(curve, 100, 150) == ((5.0, 105.0), (5.0, 0.0, 10.0))
-    assert plot.official_over(curve, 100, 900) == ((105.0, 205.0), (20.0, 10.0, 30.0))
-    assert plot.official_over(curve, 100, 100)[0] == (5.0, 105.0), "the last episode ends before the run"
-    assert plot.official_over(curve, 100, 99) == (None, None), "the first is one evaluation, no mean over 100 frames"
+    assert plot.official_over(curve, 100, 150) == [((5.0, 105.0), (5.0, 0.0, 10.0))]
+    assert plot.official_over(curve, 100, 900)[1:] == [((105.0, 205.0), (20.0, 10.0, 30.0))]
+    assert len(plot.official_over(curve, 100, 100)) == 1, "the last episode ends before the run"
+    assert plot.official_over(curve, 100, 99) == [], "the first is one evaluation, no mean over 100 frames"
     late = np.array([[970_000, 1_000_000], [5, 20], [0, 10], [10, 30]], float)
-    assert plot.official_over(late, 30_000, 989_000)[0] == (940_000, 970_000), "the next one is not filled by far"
-    assert plot.official_over(None, 100, 900) == plot.official_over(curve, None, 900) == (None, None)
+    assert [span for span, _ in plot.official_over(late, 30_000, 989_000)] == [(940_000, 970_000)]
+    assert plot.official_over(None, 100, 900) == plot.official_over(curve, None, 900) == []
 
 
 def test_official_figures_are_drawn_in_the_middle_of_their_frames():
@@ -568,13 +568,15 @@ def test_ours_are_compared_by_the_mean_over_the_same_frames():
     steps = np.array([30_000.0, 30_001.0, 45_000.0, 60_000.0, 61_000.0])
     official = {("v2", "dmc_walker_walk"): np.array([[30_000, 60_000], [9, 2.5], [9, 1], [9, 3]], float)}
     seeds = {1: (steps, np.array([50.0, 1.0, 2.0, 3.0, 90.0])), 2: (steps, np.array([50.0, 3.0, 4.0, 5.0, 90.0]))}
-    entry = plot.score(plot.Group("v2", "dmc_walker_walk", "s"), "train", seeds, official)
+    first, entry = plot.scores_of(plot.Group("v2", "dmc_walker_walk", "s"), "train", seeds, official)
+    assert first.span == (0, 30_000) and first.there == {1: 50.0, 2: 50.0} and first.verdict == "above"
     assert entry.span == (30_000, 60_000) and entry.there == {1: 2.0, 2: 4.0} and entry.verdict == "inside"
     assert entry.frames == 61_000 and entry.seeds == {1: 46.5, 2: 47.5} and entry.official == (2.5, 1.0, 3.0)
-    entry = plot.score(plot.Group("v2", "dmc_walker_walk", "s"), "train", seeds, official, repeat=8)
+    entry = plot.scores_of(plot.Group("v2", "dmc_walker_walk", "s"), "train", seeds, official, repeat=8)[-1]
     assert entry.there == {1: 2.0, 2: 4.0} and entry.verdict == "other action repeat"
-    seeds[2] = np.array([30_000.0, 61_000.0]), np.ones(2)
-    assert plot.score(plot.Group("v2", "dmc_walker_walk", "s"), "train", seeds, official).verdict == "no reference"
+    seeds[2] = np.array([60_500.0, 61_000.0]), np.ones(2)
+    (entry,) = plot.scores_of(plot.Group("v2", "dmc_walker_walk", "s"), "train", seeds, official)
+    assert entry.verdict == "no reference"
 
 
 def test_human_normalised_score():
@@ -634,7 +636,7 @@ def test_without_rliable_the_error_is_one_line(tmp_path):
 
 # GATE
 
-# Official DreamerV1, walker walk: seeds from 406.76 to 592.08 over the frames 105,001 to 205,000.
+# Official DreamerV1, walker walk: seeds from 81.35 to 232.72 over the frames 5,001 to 105,000, then 406.76 to 592.08.
 FILLED = 205_000
 
 
@@ -646,11 +648,17 @@ def test_gate_over_the_same_frames(tmp_path, value, verdict, code):
     rows = [
         ("v1", "dmc_walker_walk", "dreamer_v1_continuous", seed, step, returned, "eval")
         for seed, offset in ((1, -50), (2, 50))
-        for step, returned in ((105_000, 0.0), (155_000, value - 9), (FILLED, value + 9 + 2 * offset), (210_000, 999.0))
+        for step, returned in (
+            (105_000, 150.0),
+            (155_000, value - 9),
+            (FILLED, value + 9 + 2 * offset),
+            (210_000, 999.0),
+        )
     ]
     result = call("gate.py", write_csv(tmp_path / "x.csv", rows))
     assert result.returncode == code, result.stderr
-    line = result.stdout.splitlines()[1].split()
+    first, line = (line.split() for line in result.stdout.splitlines()[1:])
+    assert first[4:8] == ["5,000", "to", "105,000", "150.0"] and first[-1] == "inside"
     assert line[2:7] == ["eval", "2", "105,000", "to", "205,000"]
     assert line[7:9] == [str(value), "406.8"] and line[10:] == ["592.1", verdict]
 
