@@ -948,6 +948,62 @@ def test_the_loops_rate_counts_whole_phases(collect, updates, monkeypatch):
     assert rate == pytest.approx(collect / (updates + 0.01 * collect))
 
 
+@pytest.mark.parametrize("name", ["dreamer_v2_atari", "dreamer_v2_continuous"])
+def test_the_loop_of_a_script_runs_with_the_official_agent_in_it(name, tmp_path, monkeypatch):
+    import official_agent
+
+    from tests.running import load, read_metrics, small, train
+
+    script, asked = load(name), []
+    for patched in ("Learner", "fast_policy", "open_loop", "diagnose", "save_checkpoint"):
+        monkeypatch.setattr(script, patched, getattr(script, patched))  # taken back after the test
+    paper = {"reward_head": "mse", "obs_embed_size": 0, "act": "elu", "layer_norm": False}
+
+    def ask(request):
+        request = official_agent.unpack(official_agent.pack(request))
+        asked.append(request)
+        if "mode" in request:
+            n = len(request["image"])
+            action = np.eye(5, dtype="f4")[np.zeros(n, int)] if name.endswith("atari") else np.zeros((n, 2), "f4")
+            return {"action": action}
+        return dict.fromkeys(official_agent.METRICS, np.float32(len(asked)))
+
+    official_agent.put_in(script, ask)
+    folder = train(script, tmp_path, small(script, **paper, eval_every=200, num_envs=2))
+    modes = [str(request.get("mode")) for request in asked]
+    updates, evaluated = modes.count("None"), modes.count("eval")
+    assert updates == 1 + (300 - 60) // 20 - 1 and evaluated, "the schedule is the script's"
+    assert modes.index("train") == 0 and modes.index("None") == 1, "acting comes first, as in the loop"
+    batch = asked[1]
+    assert batch["image"].shape == (8, 4, 3, 64, 64) and batch["is_first"][0].all()
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows if "charts/eval_return" in row] == [200, 300]
+    logged = [row["losses/image"] for row in rows if "losses/image" in row]
+    assert logged and logged == sorted(set(logged)), "what the official code answered"
+    assert not (folder / "checkpoint.pt").exists(), "our own weights, which are not trained"
+
+
+def test_the_flags_become_settings_of_the_official_code():
+    import official_agent
+
+    import dreamer_v2_atari
+    import dreamer_v2_continuous
+
+    configs = BENCHMARK / "configs"
+    atari = official_agent.official_settings(dreamer_v2_atari.load_config(configs / "v2_atari_paper.yaml"), True)
+    dmc = official_agent.official_settings(dreamer_v2_continuous.load_config(configs / "v2_dmc_paper.yaml"), False)
+    # The two configurations of the official code's configs.yaml.
+    assert atari["rssm"] == {"act": "elu", "norm": "none", "hidden": 600, "deter": 600, "stoch": 32}
+    assert [atari[f"{part}_opt"]["lr"] for part in ("model", "actor", "critic")] == [2e-4, 4e-5, 1e-4]
+    assert atari["loss_scales"] == {"kl": 0.1, "discount": 5.0} and atari["clip_rewards"] == "tanh"
+    assert atari["actor.dist"] == "onehot" and atari["actor_grad"] == "reinforce" and atari["discount"] == 0.999
+    assert [dmc[f"{part}_opt"]["lr"] for part in ("model", "actor", "critic")] == [3e-4, 8e-5, 8e-5]
+    assert dmc["grad_heads"] == ["decoder", "reward"] and dmc["kl"] == {"free": 1.0, "balance": 0.8}
+    assert dmc["actor.dist"] == "trunc_normal" and dmc["actor_ent"] == 1e-4 and dmc["critic"]["layers"] == 4
+    with pytest.raises(run.InputError, match="--reward-head mse"):
+        official_agent.official_settings(dreamer_v2_atari.Args(), True)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -968,6 +1024,9 @@ def test_the_loops_rate_counts_whole_phases(collect, updates, monkeypatch):
         (["official_world_model.py", "--updates", "0"], ["--updates 0"]),
         (["official_world_model.py", "--seed", "-1"], ["--seed", "'-1'"]),
         (["official_vectors.py"], ["--out"]),
+        (["official_agent.py"], ["--script"]),
+        (["official_agent.py", "--script", "dreamer_v2_atari.py"], ["--reward-head mse"]),
+        (["official_agent.py", "--script", "dreamer_v2_atari.py", "--", "--no-such-flag"], ["--no-such-flag"]),
         (["long_run.py", "--pid", "1", "--run-dir", "nope", "--out", "x.csv"], ["--run-dir nope"]),
     ],
 )
