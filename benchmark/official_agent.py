@@ -4,10 +4,12 @@
         --config benchmark/configs/v2_continuous_dot.yaml --obs-embed-size 0 --reward-head mse
 
 Environments, schedule, replay, batches, evaluations and logs are the script's. Networks, losses, optimizers and acting
-are those of dreamerv2 2.2.0 from PyPI, at the sizes and settings of the script's flags and in float32, run by
-TensorFlow 2.15 on one thread in a virtual environment that is made on first use (`requirements-official.txt`; Python
-3.9 to 3.11). It has no two-hot rewards and no Linear after the encoder, so both must be off. Its draws are not seeded.
-There are no checkpoints. The run folder is one like any other for plot.py, `<script>_official` being its `exp_name`.
+are those of dreamerv2 2.2.0 from PyPI (but for one line that was mended after the release: `reinforce` takes no
+gradient through the action), in float32 and at the sizes and settings of the script's flags. TensorFlow 2.15 runs them
+on one thread in a virtual environment that is made on first use (`requirements-official.txt`; Python 3.9 to 3.11). The
+official code has no two-hot rewards and no Linear after the encoder, so both must be off; its convolutions have ELU, as
+ours. Its draws are not seeded. There are no checkpoints, whatever the script says when it is stopped. The run folder is
+one like any other for plot.py, `<script>_official` being its `exp_name`.
 """
 
 import argparse
