@@ -92,18 +92,13 @@ def official_settings(args, discrete):
 
 def serve(pipe, spec):
     """In the other environment, where there is no torch: answers batches with metrics, images with actions."""
-    import tensorflow as tf
-
     common, module = official_code.load(threads=1)
     config = official_code.settings(common, "atari" if spec["discrete"] else "dmc_vision", spec["settings"])
     actions = spec["actions"]
     space = types.SimpleNamespace(shape=(actions,), **({"n": actions} if spec["discrete"] else {}))
     image = types.SimpleNamespace(shape=(64, 64, spec["channels"]))
     agent = module.Agent(config, {"image": image}, {"action": space}, 0)
-    if config.actor_grad == "reinforce":  # as in official_vectors.py
-        learner = agent._task_behavior
-        loss = learner.actor_loss
-        learner.actor_loss = lambda seq, target: loss(seq | {"action": tf.stop_gradient(seq["action"])}, target)
+    official_code.mend_reinforce(agent._task_behavior)
     states = {}
 
     def act(image, is_first, mode):

@@ -62,3 +62,12 @@ def settings(common, recipe, changes):
 
     configs = YAML(typ="safe").load(Path(common.__path__[0]).with_name("configs.yaml").read_text())
     return common.Config(configs["defaults"]).update(configs[recipe]).update(changes)
+
+
+def mend_reinforce(learner):
+    """No gradient through the action, as in the official repository; the release on PyPI, which is older, has one."""
+    import tensorflow as tf
+
+    if learner.config.actor_grad == "reinforce":
+        loss = learner.actor_loss
+        learner.actor_loss = lambda seq, target: loss(seq | {"action": tf.stop_gradient(seq["action"])}, target)

@@ -176,9 +176,7 @@ def behaviour(agent, config, rng, discrete, draws, raw_actions):
     imagined, targets, losses = [], [], {"actor": [], "critic": []}
     record(model, "imagine", imagined)
     record(learner, "target", targets)
-    if config.actor_grad == "reinforce":  # as in the repository; the release on PyPI, which is older, does not stop it
-        actor_loss = learner.actor_loss
-        learner.actor_loss = lambda seq, target: actor_loss(seq | {"action": tf.stop_gradient(seq["action"])}, target)
+    official_code.mend_reinforce(learner)
     for name, kept in losses.items():
         record(learner, f"{name}_loss", kept)
     draws.clear()
