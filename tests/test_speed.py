@@ -192,6 +192,20 @@ def test_on_the_cpu_an_update_does_not_ask_for_cuda(script, monkeypatch):
     learner(make_batch(script, learner.args, 0))
 
 
+@pytest.mark.parametrize("actor_grad", ["dynamics", "reinforce", "both"])
+def test_updates_and_policy_stay_on_their_device_and_never_wait_for_it(script, actor_grad, monkeypatch):
+    """On the meta device, where a value cannot be read, nor a tensor of the CPU used but in products and copies."""
+    meta = torch.device("meta")
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # does not know it
+    learner = make_learner(script, meta, actor_grad=actor_grad)
+    for optimizer in learner.optimizers.values():
+        monkeypatch.setattr(optimizer, "step", lambda: None)  # nor does the fused Adam
+    batch, state = make_batch(script, learner.args, 0, meta), learner.agent.initial_state(learner.args.batch_size)
+    metrics = learner(batch)
+    action, state = learner.agent.policy(batch.image[0], state, batch.is_first[0])
+    assert all(value.is_meta for value in (*metrics.values(), action, *state))
+
+
 def test_updates_are_started_between_the_policys_step_and_the_environments(script, tmp_path, monkeypatch):
     """So a GPU, which works through them on its own, learns while the environments step on the CPU."""
     events = []
