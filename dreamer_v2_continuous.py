@@ -1591,6 +1591,14 @@ class Console:
     def close(self) -> None:
         """Leaves the stream open: absl, which dm_control imports, closes at the end what standard error was then."""
 
+    def finish(self) -> None:
+        """Gives up what cannot be written: Python's own flush at the end would fail, and the exit code be 120."""
+        try:
+            self.stream.flush()
+        except (OSError, ValueError, AttributeError):
+            with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), self.stream.fileno())
+
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
@@ -1942,7 +1950,9 @@ def train(args: Args, device: torch.device, stack: contextlib.ExitStack) -> None
     # SETUP
     stop_signals = catch_signals(STOP_SIGNALS)
     for redirect, stream in ((contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)):
-        stack.enter_context(redirect(Console(stream)))
+        console = Console(stream)
+        stack.callback(console.finish)
+        stack.enter_context(redirect(console))
     rng = np.random.default_rng(args.seed)
     image_shape, action_size = probe_env(args)
     run_dir, checkpoint = open_run(args, stack)

@@ -552,6 +552,7 @@ def test_a_closed_terminal_saves_and_ends(script, tmp_path):
     command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *small(script, total_steps=1_000_000)]
     process = subprocess.Popen(
         command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},  # else nothing is left to flush at the end
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # its controlling terminal
     )  # fmt: skip
     os.close(theirs)
